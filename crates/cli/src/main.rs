@@ -1,0 +1,3 @@
+//! The oxiformers command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The decoding loop: logits processors, stopping rules, caches, beams, speculation.

@@ -1,0 +1,1 @@
+//! Find, fetch, cache and read checkpoints.

@@ -1,0 +1,1 @@
+//! Layers: attention, norms, rotary embeddings, experts, caches.

@@ -1,0 +1,1 @@
+//! Raw data to tensors and back: tokenizers and chat templates.

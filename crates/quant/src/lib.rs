@@ -1,0 +1,1 @@
+//! Packed weights: one trait, one file per scheme.
