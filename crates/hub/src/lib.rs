@@ -4,6 +4,7 @@
 //! in one GGUF file or in the memory of a browser. On native platforms they come from the places that a
 //! `Source` names: the Hugging Face Hub, a Python package, a folder or a file.
 
+pub mod checkpoint;
 mod error;
 mod files;
 

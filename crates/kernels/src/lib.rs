@@ -1,1 +1,9 @@
 //! Fused operators: a reference for every device, fast versions where they pay.
+//!
+//! Upper rooms call these functions on [`burn::tensor::Tensor`]s and never look at the device: an
+//! operator chooses its version itself.
+
+pub mod ggml;
+pub mod packed;
+
+pub use packed::{PackedMatrix, packed_linear, packed_rows};

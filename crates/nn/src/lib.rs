@@ -1,1 +1,32 @@
-//! Layers: attention, norms, rotary embeddings, experts, caches.
+//! Layers: what architectures are written with.
+//!
+//! A layer is built from [`Weights`], a place in a checkpoint (or an initializer), and computes on
+//! [`burn::tensor::Tensor`]s of whatever device the weights were loaded to. Attention layers share one
+//! [`Context`] per forward pass: positions, masks, rotary tables and the [`Cache`].
+
+pub mod activation;
+pub mod attention;
+pub mod cache;
+pub mod context;
+pub mod decoder;
+pub mod embedding;
+pub mod error;
+pub mod linear;
+pub mod mlp;
+pub mod moe;
+pub mod norm;
+pub mod rope;
+pub mod weights;
+
+pub use activation::Activation;
+pub use attention::{Attention, AttentionConfig, Projection, QkNorm};
+pub use cache::{Cache, CacheKind};
+pub use context::Context;
+pub use decoder::{Decoder, DecoderConfig, DecoderLayer, LogitsFor};
+pub use embedding::Embedding;
+pub use error::{Error, Result};
+pub use linear::Linear;
+pub use mlp::{GatedMlp, Mlp};
+pub use norm::{LayerNorm, Norm, RmsNorm};
+pub use rope::{Rope, RopeParameters, RopeSettings};
+pub use weights::{Init, LoadOptions, TensorSource, Weights};

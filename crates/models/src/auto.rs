@@ -1,0 +1,168 @@
+//! From a model's files to the model, whatever its architecture.
+
+use burn::tensor::{Device, Int, Tensor};
+use oxiformers_hub::ModelFiles;
+use oxiformers_hub::checkpoint::Checkpoint;
+use oxiformers_nn::{Cache, CacheKind, LoadOptions, LogitsFor, Weights};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::registry::{AnyConfig, AnyDecoder, MODEL_TYPES};
+use crate::{CausalLM, gguf};
+
+/// A model's configuration.
+#[derive(Debug, Clone)]
+pub struct AutoConfig {
+    /// Name of the architecture.
+    pub model_type: String,
+    /// The whole `config.json`, or what a GGUF's metadata amount to.
+    pub json: Value,
+    /// The typed configuration.
+    pub architecture: AnyConfig,
+}
+
+impl AutoConfig {
+    /// Reads `config.json`, or derives it from a GGUF's metadata.
+    ///
+    /// # Errors
+    /// Where there is neither, or the architecture is unknown, or a field does not fit.
+    pub fn from_files(files: &ModelFiles) -> Result<Self> {
+        if files.gguf().is_some() {
+            return Self::from_checkpoint(&Checkpoint::open(files)?, files.name());
+        }
+        match files.json::<Value>("config.json")? {
+            Some(json) => Self::from_json(json, files.name()),
+            None => Err(Error::NoConfig {
+                model: files.name().to_string(),
+            }),
+        }
+    }
+
+    fn from_checkpoint(checkpoint: &Checkpoint, model: &str) -> Result<Self> {
+        match checkpoint.gguf() {
+            Some(metadata) => Self::from_json(gguf::config(metadata, checkpoint, model)?, model),
+            None => Err(Error::NoConfig {
+                model: model.to_string(),
+            }),
+        }
+    }
+
+    /// Reads the contents of a `config.json`; `model` is the name used in messages.
+    ///
+    /// # Errors
+    /// Where the architecture is unknown or a field does not fit.
+    pub fn from_json(json: Value, model: &str) -> Result<Self> {
+        let bad = |message: String| Error::Config {
+            model: model.to_string(),
+            message,
+        };
+        let model_type = json
+            .get("model_type")
+            .and_then(Value::as_str)
+            .ok_or_else(|| bad("`model_type` is missing".to_string()))?
+            .to_string();
+        // Fields written as null mean their default.
+        let mut fields = json.clone();
+        if let Value::Object(map) = &mut fields {
+            map.retain(|_, value| !value.is_null());
+        }
+        match AnyConfig::from_json(&model_type, fields) {
+            Some(Ok(architecture)) => Ok(Self {
+                model_type,
+                json,
+                architecture,
+            }),
+            Some(Err(error)) => Err(bad(error.to_string())),
+            None => Err(Error::Unsupported {
+                model: model.to_string(),
+                model_type,
+                supported: MODEL_TYPES.to_vec(),
+            }),
+        }
+    }
+}
+
+/// A causal language model of any architecture.
+#[derive(Debug)]
+pub struct AutoModelForCausalLM {
+    /// Its configuration.
+    pub config: AutoConfig,
+    /// The model itself.
+    pub decoder: AnyDecoder,
+    device: Device,
+}
+
+impl AutoModelForCausalLM {
+    /// Loads a model from its files.
+    ///
+    /// # Errors
+    /// Whatever does not fit is named: the file, the field, the tensor.
+    pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        let checkpoint = Checkpoint::open(files)?;
+        let name = files.name();
+        match checkpoint.gguf() {
+            Some(_) => {
+                let config = AutoConfig::from_checkpoint(&checkpoint, name)?;
+                let source = gguf::Source::new(checkpoint, &config, name)?;
+                Self::load(config, Weights::new(source, "", options.clone()), options, name)
+            }
+            None => {
+                let config = AutoConfig::from_files(files)?;
+                let weights = Weights::new(checkpoint, config.architecture.base(), options.clone());
+                Self::load(config, weights, options, name)
+            }
+        }
+    }
+
+    /// A model with fresh parameters; seed the device first to make them reproducible.
+    ///
+    /// # Errors
+    /// Where fields of the configuration contradict each other.
+    pub fn from_config(config: AutoConfig, options: &LoadOptions) -> Result<Self> {
+        let range = config
+            .json
+            .get("initializer_range")
+            .and_then(Value::as_f64)
+            .unwrap_or(0.02);
+        let weights = Weights::init(options.clone(), range);
+        Self::load(config, weights, options, "config")
+    }
+
+    fn load(config: AutoConfig, weights: Weights, options: &LoadOptions, model: &str) -> Result<Self> {
+        let wrap = |source| Error::Model {
+            model: model.to_string(),
+            source,
+        };
+        let decoder = config.architecture.load(&weights).map_err(wrap)?;
+        let ignored = config.architecture.ignored();
+        weights.ignore(|name| ignored.iter().any(|suffix| name.ends_with(suffix)));
+        weights.finish().map_err(wrap)?;
+        Ok(Self {
+            config,
+            decoder,
+            device: options.device.clone(),
+        })
+    }
+}
+
+impl CausalLM for AutoModelForCausalLM {
+    fn vocab_size(&self) -> usize {
+        self.decoder.vocab_size()
+    }
+
+    fn device(&self) -> Device {
+        self.device.clone()
+    }
+
+    fn max_position_embeddings(&self) -> Option<usize> {
+        self.config.architecture.max_position_embeddings()
+    }
+
+    fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache {
+        self.decoder.new_cache(kind, padding)
+    }
+
+    fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
+        self.decoder.forward(input_ids, cache, logits_for)
+    }
+}

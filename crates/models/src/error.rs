@@ -1,0 +1,47 @@
+//! What can go wrong while a model is found and loaded.
+
+/// A failure of [`AutoConfig`](crate::AutoConfig) or [`AutoModelForCausalLM`](crate::AutoModelForCausalLM).
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read.
+    #[error(transparent)]
+    Hub(#[from] oxiformers_hub::Error),
+    /// A parameter or a field of the configuration does not fit.
+    #[error("{model}: {source}")]
+    Model {
+        /// The model.
+        model: String,
+        /// What does not fit.
+        source: oxiformers_nn::Error,
+    },
+    /// There is no `config.json` and no GGUF.
+    #[error("{model}: no config.json and no .gguf file; this is no model folder")]
+    NoConfig {
+        /// The model.
+        model: String,
+    },
+    /// `config.json` is not what the architecture expects.
+    #[error("{model}: config.json: {message}")]
+    Config {
+        /// The model.
+        model: String,
+        /// Field and problem.
+        message: String,
+    },
+    /// The architecture is unknown.
+    #[error(
+        "{model}: the architecture `{model_type}` is not supported; supported are {}",
+        supported.join(", ")
+    )]
+    Unsupported {
+        /// The model.
+        model: String,
+        /// Its `model_type`.
+        model_type: String,
+        /// All that are known.
+        supported: Vec<&'static str>,
+    },
+}
+
+/// The result of loading a model.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

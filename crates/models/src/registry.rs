@@ -1,0 +1,89 @@
+//! The list of architectures.
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor};
+use oxiformers_nn::{Cache, CacheKind, Decoder, LogitsFor, Weights};
+use serde_json::Value;
+
+use crate::Architecture;
+
+macro_rules! architectures {
+    ($($(#[$doc:meta])* $variant:ident($module:ident) = $($model_type:literal)|+;)+) => {
+        /// The configuration of any architecture.
+        #[derive(Debug, Clone)]
+        pub enum AnyConfig {
+            $($(#[$doc])* $variant(crate::$module::Config),)+
+        }
+
+        /// A decoder of any architecture.
+        #[derive(Module, Debug)]
+        pub enum AnyDecoder {
+            $($(#[$doc])* $variant(Decoder<<crate::$module::Config as Architecture>::Layer>),)+
+        }
+
+        /// Every `model_type` that can be loaded.
+        pub const MODEL_TYPES: &[&str] = &[$($($model_type),+),+];
+
+        impl AnyConfig {
+            /// Reads the configuration of `model_type`; `None` where it is unknown.
+            pub fn from_json(model_type: &str, json: Value) -> Option<serde_json::Result<Self>> {
+                match model_type {
+                    $($($model_type)|+ => Some(serde_json::from_value(json).map(Self::$variant)),)+
+                    _ => None,
+                }
+            }
+
+            /// Builds the model.
+            pub fn load(&self, w: &Weights) -> oxiformers_nn::Result<AnyDecoder> {
+                match self { $(Self::$variant(config) => config.load(w).map(AnyDecoder::$variant),)+ }
+            }
+
+            /// See [`Architecture::BASE`].
+            pub fn base(&self) -> &'static str {
+                match self { $(Self::$variant(_) => <crate::$module::Config as Architecture>::BASE,)+ }
+            }
+
+            /// See [`Architecture::IGNORED`].
+            pub fn ignored(&self) -> &'static [&'static str] {
+                match self { $(Self::$variant(_) => <crate::$module::Config as Architecture>::IGNORED,)+ }
+            }
+
+            /// See [`Architecture::max_position_embeddings`].
+            pub fn max_position_embeddings(&self) -> Option<usize> {
+                match self { $(Self::$variant(config) => config.max_position_embeddings(),)+ }
+            }
+        }
+
+        impl AnyDecoder {
+            /// Size of the vocabulary.
+            pub fn vocab_size(&self) -> usize {
+                match self { $(Self::$variant(model) => model.vocab_size(),)+ }
+            }
+
+            /// See [`Decoder::new_cache`].
+            pub fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache {
+                match self { $(Self::$variant(model) => model.new_cache(kind, padding),)+ }
+            }
+
+            /// See [`Decoder::hidden_states`].
+            pub fn hidden_states(&self, input_ids: Tensor<2, Int>, cache: &mut Cache) -> Tensor<3> {
+                match self { $(Self::$variant(model) => model.hidden_states(input_ids, cache),)+ }
+            }
+
+            /// See [`Decoder::forward`].
+            pub fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
+                match self { $(Self::$variant(model) => model.forward(input_ids, cache, logits_for),)+ }
+            }
+
+            /// See [`Decoder::logits`].
+            pub fn logits(&self, hidden_states: Tensor<3>) -> Tensor<3> {
+                match self { $(Self::$variant(model) => model.logits(hidden_states),)+ }
+            }
+        }
+    };
+}
+
+architectures! {
+    /// Llama.
+    Llama(llama) = "llama";
+}

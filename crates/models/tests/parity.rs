@@ -1,0 +1,199 @@
+//! Every architecture against Transformers, on tiny checkpoints with random weights.
+//!
+//! `fixtures/make.py` made the checkpoints and the reference.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use oxiformers_hub::ModelFiles;
+use oxiformers_hub::checkpoint::{Checkpoint, DType};
+use oxiformers_models::nn::{Cache, CacheKind, LoadOptions, LogitsFor};
+use oxiformers_models::{AutoModelForCausalLM, CausalLM, registry::MODEL_TYPES};
+
+/// Largest absolute difference of logits that are scaled to about 1.
+const TOLERANCE: f32 = 1e-4;
+
+struct Reference(Checkpoint);
+
+impl Reference {
+    fn open(dir: &Path) -> Self {
+        let files = ModelFiles::from_file(&dir.join("reference.safetensors")).expect("reference");
+        Self(Checkpoint::open(&files).expect("reference"))
+    }
+
+    fn ids(&self, name: &str) -> Vec<Vec<i64>> {
+        let view = self.0.tensor(name).expect(name);
+        assert_eq!(view.dtype, DType::I64, "{name}");
+        let values: Vec<i64> = view
+            .data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| i64::from_le_bytes(*b))
+            .collect();
+        values
+            .chunks(*view.shape.last().expect("shape"))
+            .map(<[i64]>::to_vec)
+            .collect()
+    }
+
+    fn floats(&self, name: &str) -> Vec<f32> {
+        let view = self.0.tensor(name).expect(name);
+        assert_eq!(view.dtype, DType::F32, "{name}");
+        view.data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect()
+    }
+}
+
+fn tensor(rows: &[Vec<i64>], columns: std::ops::Range<usize>) -> Tensor<2, Int> {
+    let flat: Vec<i32> = rows
+        .iter()
+        .flat_map(|row| &row[columns.clone()])
+        .map(|id| *id as i32)
+        .collect();
+    Tensor::from_data(
+        TensorData::new(flat, [rows.len(), columns.len()]),
+        &Device::flex(),
+    )
+}
+
+fn values(logits: Tensor<3>) -> Vec<f32> {
+    logits.into_data().try_to_vec().expect("f32")
+}
+
+fn largest_difference(ours: &[f32], reference: &[f32]) -> f32 {
+    assert_eq!(ours.len(), reference.len());
+    // A NaN must not hide behind `max`.
+    let difference = |(a, b): (&f32, &f32)| {
+        if (a - b).is_nan() {
+            f32::INFINITY
+        } else {
+            (a - b).abs()
+        }
+    };
+    ours.iter().zip(reference).map(difference).fold(0.0, f32::max)
+}
+
+fn prefill(model: &dyn CausalLM, ids: &[Vec<i64>], cache: &mut Cache, upto: usize) -> Vec<f32> {
+    values(model.forward(tensor(ids, 0..upto), cache, LogitsFor::All))
+}
+
+/// Largest differences `[prefill, decode, padded]`, and whether the greedy continuation is equal.
+fn compare(dir: &Path) -> ([f32; 3], bool) {
+    let files = ModelFiles::from_dir(dir).expect("fixture");
+    let model = AutoModelForCausalLM::from_files(&files, &LoadOptions::default())
+        .unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    let reference = Reference::open(dir);
+    let vocab = model.vocab_size();
+
+    let ids = reference.ids("input_ids");
+    let seq = ids[0].len();
+    let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; ids.len()]);
+    let whole = largest_difference(
+        &prefill(&model, &ids, &mut cache, seq),
+        &reference.floats("logits"),
+    );
+
+    let decoded = {
+        let expected = reference.floats("decode_logits");
+        let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; ids.len()]);
+        let mut worst = 0f32;
+        for i in 0..seq {
+            let ours = values(model.forward(tensor(&ids, i..i + 1), &mut cache, LogitsFor::Last));
+            for (row, ours) in ours.chunks(vocab).enumerate() {
+                let at = (row * seq + i) * vocab;
+                worst = worst.max(largest_difference(ours, &expected[at..at + vocab]));
+            }
+        }
+        worst
+    };
+
+    let padded = {
+        let (ids, mask) = (reference.ids("padded_ids"), reference.ids("attention_mask"));
+        let padding = mask
+            .iter()
+            .map(|row| row.iter().filter(|m| **m == 0).count())
+            .collect();
+        let mut cache = model.new_cache(CacheKind::Dynamic, padding);
+        let ours = prefill(&model, &ids, &mut cache, seq);
+        let expected = reference.floats("padded_logits");
+        let real = mask.iter().flatten().enumerate().filter(|(_, m)| **m == 1);
+        real.map(|(at, _)| largest_difference(&ours[at * vocab..][..vocab], &expected[at * vocab..][..vocab]))
+            .fold(0.0, f32::max)
+    };
+
+    let greedy = {
+        let mut cache = model.new_cache(CacheKind::Dynamic, vec![0]);
+        let mut next = reference.ids("prompt_ids");
+        let mut ours = Vec::new();
+        for _ in 0..32 {
+            let logits = values(model.forward(tensor(&next, 0..next[0].len()), &mut cache, LogitsFor::Last));
+            let best = logits
+                .iter()
+                .enumerate()
+                .max_by(|a, b| a.1.total_cmp(b.1))
+                .expect("logits")
+                .0;
+            ours.push(best as i64);
+            next = vec![vec![best as i64]];
+        }
+        ours == reference.ids("greedy_ids")[0]
+    };
+    ([whole, decoded, padded], greedy)
+}
+
+fn fixtures() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let mut dirs: Vec<_> = std::fs::read_dir(root)
+        .expect("fixtures")
+        .map(|entry| entry.expect("entry").path())
+        .filter(|path| path.join("reference.safetensors").exists())
+        .collect();
+    dirs.sort();
+    dirs
+}
+
+#[test]
+fn logits_and_greedy_ids_equal_transformers() {
+    let mut failures = Vec::new();
+    println!(
+        "{:<28} {:>10} {:>10} {:>10}  greedy",
+        "fixture", "prefill", "decode", "padded"
+    );
+    for dir in fixtures() {
+        let name = dir.file_name().expect("name").to_string_lossy().into_owned();
+        if std::env::var("PARITY").is_ok_and(|only| !name.contains(&only)) {
+            continue;
+        }
+        let (differences, greedy) = compare(&dir);
+        let [whole, decoded, padded] = differences;
+        println!("{name:<28} {whole:>10.2e} {decoded:>10.2e} {padded:>10.2e}  {greedy}");
+        if !greedy || differences.iter().any(|d| *d > TOLERANCE) {
+            failures.push(name);
+        }
+    }
+    assert!(
+        failures.is_empty(),
+        "beyond {TOLERANCE:e}, or other greedy ids: {failures:?}"
+    );
+}
+
+#[test]
+fn every_architecture_has_a_fixture() {
+    let held: BTreeSet<String> = fixtures()
+        .iter()
+        .map(|dir| std::fs::read(dir.join("config.json")).expect("config.json"))
+        .map(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).expect("JSON")["model_type"].clone())
+        .map(|model_type| model_type.as_str().expect("model_type").to_string())
+        .collect();
+    let missing: Vec<_> = MODEL_TYPES
+        .iter()
+        .filter(|model_type| !held.contains(**model_type))
+        .collect();
+    assert!(missing.is_empty(), "no fixture: {missing:?}");
+}

@@ -1,0 +1,375 @@
+//! Multi-head attention with all that decoders vary in it.
+
+use burn::module::{Module, Param};
+use burn::tensor::module::attention;
+use burn::tensor::ops::AttentionModuleOptions;
+use burn::tensor::{Bool, Tensor};
+
+use crate::context::Mask;
+use crate::{Context, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
+
+/// Numbers and switches of an attention layer.
+#[derive(Debug, Clone)]
+pub struct AttentionConfig {
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; each serves `num_heads / num_kv_heads` query heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Whether the query, key and value projections have a bias.
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    pub out_bias: bool,
+    /// Scale of the scores; `head_dim^-0.5` where `None`.
+    pub scale: Option<f64>,
+    /// Soft cap of the scores: `cap · tanh(score / cap)`.
+    pub softcap: Option<f64>,
+    /// How many tokens a query sees, itself included.
+    pub window: Option<usize>,
+    /// Rotary embedding.
+    pub rope: Option<Rope>,
+    /// Clamp of the projected queries, keys and values to `[-x, x]`.
+    pub clip_qkv: Option<f64>,
+}
+
+impl AttentionConfig {
+    /// Plain attention: no bias, every token seen, no rotary embedding.
+    pub fn new(hidden_size: usize, num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Self {
+        Self {
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qkv_bias: false,
+            out_bias: false,
+            scale: None,
+            softcap: None,
+            window: None,
+            rope: None,
+            clip_qkv: None,
+        }
+    }
+}
+
+/// How queries, keys and values are projected.
+#[derive(Module, Debug)]
+pub enum Projection {
+    /// One layer each.
+    Split([Linear; 3]),
+    /// One layer: all query heads, then all key heads, then all value heads.
+    Stacked(Linear),
+    /// One layer, grouped by key/value head: its query heads, its key head, its value head.
+    Grouped(Linear),
+}
+
+/// Norms of queries and keys.
+#[derive(Module, Debug)]
+pub enum QkNorm {
+    /// Over each head, after the heads are cut apart.
+    PerHead([Norm; 2]),
+    /// Over the whole projection, before the heads are cut apart.
+    Whole([Norm; 2]),
+    /// Over each head after the rotation, with weights `[heads, head_dim]` of their own.
+    HeadWeights([PerHeadNorm; 2]),
+}
+
+/// A layer norm or RMS norm whose heads have a weight each.
+#[derive(Module, Debug)]
+pub struct PerHeadNorm {
+    /// `[heads, head_dim]`.
+    weight: Param<Tensor<2>>,
+    #[module(skip)]
+    norm: Norm,
+}
+
+impl PerHeadNorm {
+    /// Layer norm without bias over each head, with `weight` `[heads, head_dim]`.
+    pub fn load_layer_norm(w: &Weights, heads: usize, head_dim: usize, eps: f64) -> Result<Self> {
+        let weight = w.param("weight", [heads, head_dim], Init::Ones)?;
+        Ok(Self {
+            weight,
+            norm: LayerNorm::unweighted(eps).into(),
+        })
+    }
+
+    /// `[batch, heads, seq, head_dim]` to the same shape.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let [heads, head_dim] = self.weight.val().dims();
+        self.norm.forward(x) * self.weight.val().reshape([1, heads, 1, head_dim])
+    }
+}
+
+/// Multi-head attention over the cache.
+#[derive(Module, Debug)]
+pub struct Attention {
+    qkv: Projection,
+    o_proj: Linear,
+    qk_norm: Option<QkNorm>,
+    /// A learned score per head that takes part in the softmax and leads nowhere: `[heads]`.
+    sinks: Option<Param<Tensor<1>>>,
+    /// ALiBi slopes: `[heads]`.
+    alibi: Option<Tensor<1>>,
+    #[module(skip)]
+    config: AttentionConfig,
+}
+
+impl Attention {
+    /// Loads `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+    pub fn load(w: &Weights, config: AttentionConfig) -> Result<Self> {
+        Self::load_named(w, ["q_proj", "k_proj", "v_proj", "o_proj"], config)
+    }
+
+    /// Loads four layers by the names `[query, key, value, output]`.
+    pub fn load_named(w: &Weights, [q, k, v, o]: [&str; 4], config: AttentionConfig) -> Result<Self> {
+        let linear = |name: &str, heads: usize| {
+            Linear::load(
+                &w.pp(name),
+                config.hidden_size,
+                heads * config.head_dim,
+                config.qkv_bias,
+            )
+        };
+        let qkv = [
+            linear(q, config.num_heads)?,
+            linear(k, config.num_kv_heads)?,
+            linear(v, config.num_kv_heads)?,
+        ];
+        Self::with_projection(w, Projection::Split(qkv), o, config)
+    }
+
+    /// Loads one layer `qkv` whose output rows are stacked: queries, keys, values.
+    pub fn load_stacked(w: &Weights, [qkv, o]: [&str; 2], config: AttentionConfig) -> Result<Self> {
+        let linear = Self::fused(&w.pp(qkv), &config)?;
+        Self::with_projection(w, Projection::Stacked(linear), o, config)
+    }
+
+    /// Loads one layer `qkv` whose output rows are grouped by key/value head.
+    pub fn load_grouped(w: &Weights, [qkv, o]: [&str; 2], config: AttentionConfig) -> Result<Self> {
+        let linear = Self::fused(&w.pp(qkv), &config)?;
+        Self::with_projection(w, Projection::Grouped(linear), o, config)
+    }
+
+    fn fused(w: &Weights, config: &AttentionConfig) -> Result<Linear> {
+        let rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+        Linear::load(w, config.hidden_size, rows, config.qkv_bias)
+    }
+
+    fn with_projection(w: &Weights, qkv: Projection, o: &str, config: AttentionConfig) -> Result<Self> {
+        let width = config.num_heads * config.head_dim;
+        let o_proj = Linear::load(&w.pp(o), width, config.hidden_size, config.out_bias)?;
+        Ok(Self::new(qkv, o_proj, config))
+    }
+
+    /// From layers that are loaded already.
+    pub fn new(qkv: Projection, o_proj: Linear, config: AttentionConfig) -> Self {
+        Self {
+            qkv,
+            o_proj,
+            qk_norm: None,
+            sinks: None,
+            alibi: None,
+            config,
+        }
+    }
+
+    /// Adds norms of queries and keys.
+    pub fn with_qk_norm(mut self, norm: QkNorm) -> Self {
+        self.qk_norm = Some(norm);
+        self
+    }
+
+    /// Adds RMS norms over each head's queries and keys, stored as `q_norm` and `k_norm`.
+    pub fn with_head_rms_norm(self, w: &Weights, eps: f64, plus_one: bool) -> Result<Self> {
+        let load = if plus_one {
+            RmsNorm::load_plus_one
+        } else {
+            RmsNorm::load
+        };
+        let norm = |name| load(&w.pp(name), self.config.head_dim, eps).map(Norm::Rms);
+        let norms = [norm("q_norm")?, norm("k_norm")?];
+        Ok(self.with_qk_norm(QkNorm::PerHead(norms)))
+    }
+
+    /// Adds attention sinks.
+    pub fn with_sinks(mut self, sinks: Param<Tensor<1>>) -> Self {
+        self.sinks = Some(sinks);
+        self
+    }
+
+    /// Adds ALiBi with the given slopes.
+    pub fn with_alibi(mut self, slopes: Tensor<1>) -> Self {
+        self.alibi = Some(slopes);
+        self
+    }
+
+    /// `[batch, seq, hidden_size]` to the same shape.
+    pub fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
+        let [batch, seq, _] = x.dims();
+        let c = &self.config;
+        let (q, k, v) = self.project(x);
+        let (mut q, mut k) = match &self.qk_norm {
+            Some(QkNorm::PerHead([q_norm, k_norm])) => (q_norm.forward(q), k_norm.forward(k)),
+            Some(QkNorm::HeadWeights([q_norm, k_norm])) => (q_norm.forward(q), k_norm.forward(k)),
+            _ => (q, k),
+        };
+        if let Some(rope) = &c.rope {
+            let tables = cx.rope(rope);
+            (q, k) = (rope.rotate(q, &tables), rope.rotate(k, &tables));
+        }
+        let mask = cx.mask(c.window);
+        let bias = self.alibi.as_ref().map(|slopes| cx.alibi(slopes));
+        let (k, v) = cx.update(k, v);
+        let out = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask,
+            bias,
+            self.sinks.as_ref().map(Param::val),
+            AttentionModuleOptions {
+                scale: c.scale,
+                softcap: c.softcap,
+                is_causal: false,
+            },
+        );
+        let head_dim = out.dims()[3];
+        self.o_proj
+            .forward(out.swap_dims(1, 2).reshape([batch, seq, c.num_heads * head_dim]))
+    }
+
+    /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`.
+    fn project(&self, x: Tensor<3>) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+        let [batch, seq, _] = x.dims();
+        let c = &self.config;
+        let (heads, kv_heads, dim) = (c.num_heads, c.num_kv_heads, c.head_dim);
+        let clip = |x: Tensor<3>| match c.clip_qkv {
+            Some(limit) => x.clamp(-limit, limit),
+            None => x,
+        };
+        let (q, k, v) = match &self.qkv {
+            Projection::Split([q, k, v]) => (
+                clip(q.forward(x.clone())),
+                clip(k.forward(x.clone())),
+                clip(v.forward(x)),
+            ),
+            Projection::Stacked(qkv) => {
+                let qkv = clip(qkv.forward(x));
+                let (q_width, kv_width) = (heads * dim, kv_heads * dim);
+                (
+                    qkv.clone().narrow(2, 0, q_width),
+                    qkv.clone().narrow(2, q_width, kv_width),
+                    qkv.narrow(2, q_width + kv_width, kv_width),
+                )
+            }
+            Projection::Grouped(qkv) => {
+                let group = heads / kv_heads;
+                let qkv = clip(qkv.forward(x)).reshape([batch, seq, kv_heads, group + 2, dim]);
+                let part = |start, len: usize| {
+                    qkv.clone()
+                        .narrow(3, start, len)
+                        .reshape([batch, seq, kv_heads * len * dim])
+                };
+                (part(0, group), part(group, 1), part(group + 1, 1))
+            }
+        };
+        let (q, k) = match &self.qk_norm {
+            Some(QkNorm::Whole([q_norm, k_norm])) => (q_norm.forward(q), k_norm.forward(k)),
+            _ => (q, k),
+        };
+        let cut = |x: Tensor<3>, heads: usize| x.reshape([batch, seq, heads, dim]).swap_dims(1, 2);
+        (cut(q, heads), cut(k, kv_heads), cut(v, kv_heads))
+    }
+}
+
+/// `softmax(q · kᵀ · scale + bias) · v` with grouped heads, under a mask.
+///
+/// `q` is `[batch, heads, seq, head_dim]`, `k` and `v` are `[batch, kv_heads, keys, head_dim]`, `bias`
+/// broadcasts to `[batch, heads, seq, keys]`, `sinks` is `[heads]`.
+pub(crate) fn scaled_dot_product_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    mask: Mask,
+    bias: Option<Tensor<4>>,
+    sinks: Option<Tensor<1>>,
+    options: AttentionModuleOptions,
+) -> Tensor<4> {
+    let [_, heads, seq, head_dim] = q.dims();
+    let keys = k.dims()[2];
+    let Some(sinks) = sinks else {
+        let (mask, is_causal) = match mask {
+            Mask::Nothing => (None, false),
+            Mask::Causal => (None, true),
+            Mask::Explicit(mask) => (Some(mask), false),
+        };
+        return attention(
+            q,
+            k,
+            v,
+            mask,
+            bias,
+            AttentionModuleOptions { is_causal, ..options },
+        );
+    };
+    // The sink is one more key whose score is given and whose value is zero.
+    let device = q.device();
+    let one_more = |x: Tensor<4>| {
+        let [batch, kv_heads, _, dim] = x.dims();
+        let zero = Tensor::zeros([batch, kv_heads, 1, dim], (&device, x.dtype()));
+        Tensor::cat(vec![x, zero], 2)
+    };
+    let scale = options.scale.unwrap_or((head_dim as f64).powf(-0.5));
+    let bias = bias.unwrap_or_else(|| Tensor::zeros([1, heads, 1, keys], (&device, q.dtype())));
+    let bias_rows = bias.dims()[2];
+    let sinks = sinks.reshape([1, heads, 1, 1]).repeat_dim(2, bias_rows);
+    let bias = Tensor::cat(vec![bias, sinks], 3).expand([1, heads, seq, keys + 1]);
+    let mask = match mask {
+        Mask::Nothing => None,
+        Mask::Causal => Some(causal(seq, keys, &device)),
+        Mask::Explicit(mask) => Some(mask),
+    };
+    let mask = mask.map(|mask| {
+        let [rows, _, seq, _] = mask.dims();
+        Tensor::cat(
+            vec![mask, Tensor::<4, Bool>::full([rows, 1, seq, 1], false, &device)],
+            3,
+        )
+    });
+    attention(
+        q,
+        one_more(k),
+        one_more(v),
+        mask,
+        Some(bias),
+        AttentionModuleOptions {
+            scale: Some(scale),
+            ..options
+        },
+    )
+}
+
+/// True above the diagonal that ends in the last key: `[1, 1, seq, keys]`.
+fn causal(seq: usize, keys: usize, device: &burn::tensor::Device) -> Tensor<4, Bool> {
+    let query = Tensor::arange((keys - seq) as i64..keys as i64, device).reshape([seq, 1]);
+    let key = Tensor::arange(0..keys as i64, device).reshape([1, keys]);
+    key.expand([seq, keys])
+        .greater(query.expand([seq, keys]))
+        .reshape([1, 1, seq, keys])
+}
+
+/// ALiBi slopes `2^(-8 i / heads)`, with the interpolation that BLOOM and MPT use where the number of heads
+/// is no power of two.
+pub fn alibi_slopes(heads: usize, bias_max: f64) -> Vec<f32> {
+    let closest = if heads.is_power_of_two() {
+        heads
+    } else {
+        heads.next_power_of_two() / 2
+    };
+    let slope = |i: usize, n: usize| 2f64.powf(-bias_max * i as f64 / n as f64) as f32;
+    let mut slopes: Vec<f32> = (1..=closest).map(|i| slope(i, closest)).collect();
+    slopes.extend((0..heads - closest).map(|i| slope(2 * i + 1, 2 * closest)));
+    slopes
+}

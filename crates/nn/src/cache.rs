@@ -1,0 +1,224 @@
+//! The key/value cache: one object per layer.
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+/// How a cache keeps what it has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheKind {
+    /// Grows as needed; layers with a sliding window drop what no query can reach any more.
+    #[default]
+    Dynamic,
+    /// Room for a fixed number of tokens from the start; never moved.
+    Static {
+        /// Tokens per sequence, the prompt included.
+        max_len: usize,
+    },
+    /// Grows as needed and keeps everything, so that it can be [cut back](Cache::truncate) to any length.
+    Full,
+}
+
+/// Keys and values of the tokens seen so far, for every layer, with the left padding of each sequence.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    layers: Vec<LayerCache>,
+    padding: Vec<usize>,
+    len: usize,
+}
+
+impl Cache {
+    /// An empty cache. `windows` has one entry per layer: its sliding window, or `None` for full
+    /// attention. `padding` has one entry per sequence: how many padding tokens stand left of it.
+    pub fn new(kind: CacheKind, windows: &[Option<usize>], padding: Vec<usize>) -> Self {
+        let layers = windows
+            .iter()
+            .map(|window| LayerCache {
+                entries: None,
+                start: 0,
+                len: 0,
+                window: window.filter(|_| kind == CacheKind::Dynamic),
+                reserve: if let CacheKind::Static { max_len } = kind {
+                    max_len
+                } else {
+                    0
+                },
+            })
+            .collect();
+        Self {
+            layers,
+            padding,
+            len: 0,
+        }
+    }
+
+    /// Number of tokens seen, padding included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token has been seen.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Left padding of each sequence.
+    pub fn padding(&self) -> &[usize] {
+        &self.padding
+    }
+
+    /// The cache of one layer.
+    pub(crate) fn layer(&mut self, index: usize) -> &mut LayerCache {
+        &mut self.layers[index]
+    }
+
+    /// First position that the layer still holds once `seq` more tokens are appended.
+    pub(crate) fn start_after(&self, index: usize, seq: usize) -> usize {
+        self.layers[index].start_after(seq)
+    }
+
+    /// Counts the tokens of a finished forward pass.
+    pub(crate) fn advance(&mut self, seq: usize) {
+        self.len += seq;
+    }
+
+    /// Keeps the sequences `rows`, in that order; a row may be named several times.
+    pub fn select(&mut self, rows: &[usize]) {
+        self.padding = rows.iter().map(|row| self.padding[*row]).collect();
+        for layer in &mut self.layers {
+            if let Some((keys, values)) = layer.entries.take() {
+                let ids = row_ids(rows, &keys.device());
+                layer.entries = Some((keys.select(0, ids.clone()), values.select(0, ids)));
+            }
+        }
+    }
+
+    /// Forgets everything after the first `len` tokens. Returns whether that was possible: a layer with a
+    /// sliding window has dropped what such a shorter past would need, unless the cache is
+    /// [`CacheKind::Full`] or [`CacheKind::Static`].
+    pub fn truncate(&mut self, len: usize) -> bool {
+        if len >= self.len {
+            return true;
+        }
+        if self.layers.iter().any(|layer| layer.start > 0) {
+            return false;
+        }
+        for layer in &mut self.layers {
+            layer.len = layer.len.min(len);
+        }
+        self.len = len;
+        true
+    }
+
+    /// Forgets everything, keeping the sequences' padding.
+    pub fn clear(&mut self) {
+        for layer in &mut self.layers {
+            layer.start = 0;
+            layer.len = 0;
+        }
+        self.len = 0;
+    }
+
+    /// Bytes that keys and values occupy.
+    pub fn num_bytes(&self) -> usize {
+        self.layers
+            .iter()
+            .filter_map(|layer| layer.entries.as_ref())
+            .map(|(k, v)| (k.shape().num_elements() + v.shape().num_elements()) * k.dtype().size())
+            .sum()
+    }
+}
+
+fn row_ids(rows: &[usize], device: &Device) -> Tensor<1, Int> {
+    let ids: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+    let len = ids.len();
+    Tensor::from_data(TensorData::new(ids, [len]), device)
+}
+
+/// Keys and values of one layer, in buffers with room at the end.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerCache {
+    /// Buffers `[batch, heads, capacity, head_dim]`; keys and values may differ in `head_dim`.
+    entries: Option<(Tensor<4>, Tensor<4>)>,
+    /// Position of the first entry.
+    start: usize,
+    /// Number of entries.
+    len: usize,
+    window: Option<usize>,
+    reserve: usize,
+}
+
+impl LayerCache {
+    fn start_after(&self, seq: usize) -> usize {
+        match self.window {
+            // The earliest of the new queries still sees `window - 1` tokens before itself.
+            Some(window) => self
+                .start
+                .max((self.start + self.len + 1).saturating_sub(window.max(1))),
+            None => self.start,
+        }
+        .min(self.start + self.len + seq)
+    }
+
+    /// Appends keys and values `[batch, heads, seq, head_dim]`; returns all that the new queries may see.
+    pub(crate) fn update(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let seq = keys.dims()[2];
+        let drop = self.start_after(seq) - self.start;
+        let kept = self.len - drop;
+        let needed = kept + seq;
+        let (keys, values) = match self.entries.take() {
+            None if self.reserve <= seq => (keys, values),
+            None => {
+                let capacity = self.reserve.max(needed);
+                (
+                    write(grown(&keys, capacity), 0, keys),
+                    write(grown(&values, capacity), 0, values),
+                )
+            }
+            Some((old_keys, old_values)) => {
+                let capacity = old_keys.dims()[2];
+                let append = |old: Tensor<4>, new: Tensor<4>| {
+                    if drop == 0 && needed <= capacity {
+                        return write(old, kept, new);
+                    }
+                    // Half as much again, so that appending stays cheap on average.
+                    let capacity = if needed <= capacity {
+                        capacity
+                    } else {
+                        (needed + needed / 2).max(64)
+                    };
+                    let buffer = grown(&new, capacity);
+                    let buffer = if kept > 0 {
+                        write(buffer, 0, old.narrow(2, drop, kept))
+                    } else {
+                        buffer
+                    };
+                    write(buffer, kept, new)
+                };
+                (append(old_keys, keys), append(old_values, values))
+            }
+        };
+        self.start += drop;
+        self.len = needed;
+        let seen = (view(&keys, needed), view(&values, needed));
+        self.entries = Some((keys, values));
+        seen
+    }
+}
+
+/// An empty buffer for `capacity` entries like `like`'s.
+fn grown(like: &Tensor<4>, capacity: usize) -> Tensor<4> {
+    let [batch, heads, _, head_dim] = like.dims();
+    Tensor::zeros([batch, heads, capacity, head_dim], (&like.device(), like.dtype()))
+}
+
+fn write(buffer: Tensor<4>, at: usize, values: Tensor<4>) -> Tensor<4> {
+    let [batch, heads, seq, head_dim] = values.dims();
+    buffer.slice_assign([0..batch, 0..heads, at..at + seq, 0..head_dim], values)
+}
+
+fn view(buffer: &Tensor<4>, len: usize) -> Tensor<4> {
+    if buffer.dims()[2] == len {
+        buffer.clone()
+    } else {
+        buffer.clone().narrow(2, 0, len)
+    }
+}

@@ -1,0 +1,218 @@
+//! The frame that all decoder-only language models share: embed, run the layers, normalize, project.
+
+use std::fmt::Debug;
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor};
+
+use crate::{Cache, CacheKind, Context, Embedding, Linear, Norm, Result, Weights};
+
+/// One layer of a decoder.
+pub trait DecoderLayer: Module + Debug {
+    /// `[batch, seq, hidden_size]` to the same shape.
+    fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3>;
+}
+
+/// Which positions logits are computed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitsFor {
+    /// Every position: `[batch, seq, vocab_size]`.
+    All,
+    /// The last position only: `[batch, 1, vocab_size]`.
+    Last,
+}
+
+/// Names and numbers of the frame.
+#[derive(Debug, Clone)]
+pub struct DecoderConfig {
+    /// Size of the vocabulary.
+    pub vocab_size: usize,
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Place of the token embedding, such as `model.embed_tokens`.
+    pub embedding: String,
+    /// Place of the output layer, such as `lm_head`.
+    pub lm_head: String,
+    /// Whether the output layer shares the embedding's weight.
+    pub tie_word_embeddings: bool,
+    /// Whether the output layer has a bias.
+    pub lm_head_bias: bool,
+    /// Each layer's sliding window; one entry per layer.
+    pub windows: Vec<Option<usize>>,
+    /// Learned positions: their place, their number, and what is added to a position to find its row.
+    pub positions: Option<(String, usize, usize)>,
+    /// Factor of the embeddings.
+    pub embedding_scale: f64,
+    /// Factor of the logits.
+    pub logit_scale: f64,
+    /// Soft cap of the logits.
+    pub logit_softcap: Option<f64>,
+}
+
+impl DecoderConfig {
+    /// The frame of the Llama family: `model.embed_tokens`, `lm_head`, no learned positions, no scaling.
+    pub fn new(vocab_size: usize, hidden_size: usize, num_layers: usize) -> Self {
+        Self {
+            vocab_size,
+            hidden_size,
+            embedding: "model.embed_tokens".to_string(),
+            lm_head: "lm_head".to_string(),
+            tie_word_embeddings: false,
+            lm_head_bias: false,
+            windows: vec![None; num_layers],
+            positions: None,
+            embedding_scale: 1.0,
+            logit_scale: 1.0,
+            logit_softcap: None,
+        }
+    }
+}
+
+/// A decoder-only language model made of layers `L`.
+#[derive(Module, Debug)]
+pub struct Decoder<L: DecoderLayer> {
+    embed_tokens: Embedding,
+    embed_positions: Option<Embedding>,
+    /// Norm of the embeddings, as in BLOOM.
+    embed_norm: Option<Norm>,
+    /// Projections around the layers, where the embedding is narrower than they are, as in OPT.
+    project: Option<[Linear; 2]>,
+    layers: Vec<L>,
+    norm: Option<Norm>,
+    lm_head: Linear,
+    #[module(skip)]
+    config: DecoderConfig,
+}
+
+impl<L: DecoderLayer> Decoder<L> {
+    /// Loads the frame around `layers` and the final `norm`.
+    pub fn load(w: &Weights, config: DecoderConfig, layers: Vec<L>, norm: Option<Norm>) -> Result<Self> {
+        Self::load_with_width(w, config.hidden_size, config, layers, norm)
+    }
+
+    /// Like [`load`](Self::load), with embeddings of another width than the layers.
+    pub fn load_with_width(
+        w: &Weights,
+        embedding_width: usize,
+        config: DecoderConfig,
+        layers: Vec<L>,
+        norm: Option<Norm>,
+    ) -> Result<Self> {
+        let embed_tokens = Embedding::load(&w.pp(&config.embedding), config.vocab_size, embedding_width)?;
+        let embed_positions = match &config.positions {
+            Some((place, count, _)) => Some(Embedding::load(&w.pp(place), *count, config.hidden_size)?),
+            None => None,
+        };
+        let lm_head = if config.tie_word_embeddings {
+            // Some checkpoints store the shared weight twice.
+            w.ignore(|name| name == format!("{}.weight", config.lm_head));
+            let mut head = embed_tokens.tied_output();
+            if config.lm_head_bias {
+                head.bias = Some(w.pp(&config.lm_head).param(
+                    "bias",
+                    [config.vocab_size],
+                    crate::Init::Zeros,
+                )?);
+            }
+            head
+        } else {
+            Linear::load(
+                &w.pp(&config.lm_head),
+                embedding_width,
+                config.vocab_size,
+                config.lm_head_bias,
+            )?
+        };
+        Ok(Self {
+            embed_tokens,
+            embed_positions,
+            embed_norm: None,
+            project: None,
+            layers,
+            norm,
+            lm_head,
+            config,
+        })
+    }
+
+    /// Adds a norm of the embeddings.
+    pub fn with_embedding_norm(mut self, norm: impl Into<Norm>) -> Self {
+        self.embed_norm = Some(norm.into());
+        self
+    }
+
+    /// Adds projections into and out of the layers.
+    pub fn with_projections(mut self, project_in: Linear, project_out: Linear) -> Self {
+        self.project = Some([project_in, project_out]);
+        self
+    }
+
+    /// Number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// An empty cache for sequences with the given left padding.
+    pub fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache {
+        Cache::new(kind, &self.config.windows, padding)
+    }
+
+    /// Hidden states `[batch, seq, hidden_size]` after the final norm; the tokens are appended to `cache`.
+    pub fn hidden_states(&self, input_ids: Tensor<2, Int>, cache: &mut Cache) -> Tensor<3> {
+        let [_, seq] = input_ids.dims();
+        let device = input_ids.device();
+        let mut x = self.embed_tokens.forward(input_ids);
+        if self.config.embedding_scale != 1.0 {
+            x = x * self.config.embedding_scale;
+        }
+        if let Some([project_in, _]) = &self.project {
+            x = project_in.forward(x);
+        }
+        let mut cx = Context::new(cache, seq, device);
+        if let (Some(table), Some((_, _, offset))) = (&self.embed_positions, &self.config.positions) {
+            x = x + table.forward(cx.position_ids(*offset));
+        }
+        if let Some(norm) = &self.embed_norm {
+            x = norm.forward(x);
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            cx.enter_layer(index);
+            x = layer.forward(x, &mut cx);
+        }
+        cache.advance(seq);
+        match &self.norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        }
+    }
+
+    /// Logits `[batch, seq or 1, vocab_size]`; the tokens `[batch, seq]` are appended to `cache`.
+    pub fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
+        let mut x = self.hidden_states(input_ids, cache);
+        if logits_for == LogitsFor::Last {
+            let seq = x.dims()[1];
+            x = x.narrow(1, seq - 1, 1);
+        }
+        self.logits(x)
+    }
+
+    /// Logits of hidden states `[batch, seq, hidden_size]`.
+    pub fn logits(&self, mut x: Tensor<3>) -> Tensor<3> {
+        if let Some([_, project_out]) = &self.project {
+            x = project_out.forward(x);
+        }
+        let mut logits = self.lm_head.forward(x);
+        if self.config.logit_scale != 1.0 {
+            logits = logits * self.config.logit_scale;
+        }
+        match self.config.logit_softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Normalization over the last dimension.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+
+use crate::{Init, Result, Weights};
+
+/// Root mean square norm (Zhang and Sennrich, 2019): `x / sqrt(mean(x²) + eps) · (weight + offset)`.
+#[derive(Module, Debug)]
+pub struct RmsNorm {
+    /// `[size]`; none where the norm has no weight.
+    pub weight: Option<Param<Tensor<1>>>,
+    eps: f64,
+    offset: f64,
+}
+
+impl RmsNorm {
+    /// Loads `weight`.
+    pub fn load(w: &Weights, size: usize, eps: f64) -> Result<Self> {
+        Ok(Self {
+            weight: Some(w.param("weight", [size], Init::Ones)?),
+            eps,
+            offset: 0.0,
+        })
+    }
+
+    /// Loads `weight` of a norm that multiplies by `1 + weight`, as the Gemma family does.
+    pub fn load_plus_one(w: &Weights, size: usize, eps: f64) -> Result<Self> {
+        Ok(Self {
+            weight: Some(w.param("weight", [size], Init::Zeros)?),
+            eps,
+            offset: 1.0,
+        })
+    }
+
+    /// A norm without weight.
+    pub fn unweighted(eps: f64) -> Self {
+        Self {
+            weight: None,
+            eps,
+            offset: 0.0,
+        }
+    }
+
+    /// `[.., size]` to the same shape.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let variance = (x.clone() * x.clone()).mean_dim(D - 1);
+        let x = x * (variance + self.eps).sqrt().recip();
+        match &self.weight {
+            Some(weight) if self.offset != 0.0 => x * (weight.val() + self.offset).unsqueeze(),
+            Some(weight) => x * weight.val().unsqueeze(),
+            None => x,
+        }
+    }
+}
+
+/// Layer norm (Ba et al., 2016): `(x − mean) / sqrt(var + eps) · weight + bias`.
+#[derive(Module, Debug)]
+pub struct LayerNorm {
+    /// `[size]`; none where the norm has no weight.
+    pub weight: Option<Param<Tensor<1>>>,
+    /// `[size]`; none where the norm has no bias.
+    pub bias: Option<Param<Tensor<1>>>,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Loads `weight` and, if `bias`, `bias`.
+    pub fn load(w: &Weights, size: usize, eps: f64, bias: bool) -> Result<Self> {
+        let weight = Some(w.param("weight", [size], Init::Ones)?);
+        let bias = if bias {
+            Some(w.param("bias", [size], Init::Zeros)?)
+        } else {
+            None
+        };
+        Ok(Self { weight, bias, eps })
+    }
+
+    /// A norm without weight and bias.
+    pub fn unweighted(eps: f64) -> Self {
+        Self {
+            weight: None,
+            bias: None,
+            eps,
+        }
+    }
+
+    /// `[.., size]` to the same shape.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let x = x.clone() - x.mean_dim(D - 1);
+        let variance = (x.clone() * x.clone()).mean_dim(D - 1);
+        let mut x = x * (variance + self.eps).sqrt().recip();
+        if let Some(weight) = &self.weight {
+            x = x * weight.val().unsqueeze();
+        }
+        match &self.bias {
+            Some(bias) => x + bias.val().unsqueeze(),
+            None => x,
+        }
+    }
+}
+
+/// Either norm, where the architecture leaves the choice to its layers.
+#[derive(Module, Debug)]
+pub enum Norm {
+    /// Root mean square norm.
+    Rms(RmsNorm),
+    /// Layer norm.
+    Layer(LayerNorm),
+}
+
+impl Norm {
+    /// `[.., size]` to the same shape.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Rms(norm) => norm.forward(x),
+            Self::Layer(norm) => norm.forward(x),
+        }
+    }
+}
+
+impl From<RmsNorm> for Norm {
+    fn from(norm: RmsNorm) -> Self {
+        Self::Rms(norm)
+    }
+}
+
+impl From<LayerNorm> for Norm {
+    fn from(norm: LayerNorm) -> Self {
+        Self::Layer(norm)
+    }
+}

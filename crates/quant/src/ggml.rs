@@ -1,0 +1,53 @@
+//! The block formats of ggml, as GGUF files store them.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use oxiformers_hub::checkpoint::gguf::GgmlType;
+use oxiformers_kernels::{PackedMatrix, ggml};
+
+/// A matrix whose rows are runs of ggml blocks.
+#[derive(Debug, Clone)]
+pub struct GgmlMatrix {
+    ty: GgmlType,
+    shape: [usize; 2],
+    row_bytes: usize,
+    data: Bytes,
+}
+
+impl GgmlMatrix {
+    /// `data` holds `shape[0]` rows of `shape[1]` values; `None` where its length does not fit that, or a
+    /// row is no whole number of blocks.
+    pub fn new(ty: GgmlType, shape: [usize; 2], data: Bytes) -> Option<Self> {
+        if !shape[1].is_multiple_of(ty.block_size()) {
+            return None;
+        }
+        let row_bytes = shape[1] / ty.block_size() * ty.type_size();
+        (row_bytes.checked_mul(shape[0])? == data.len()).then_some(Self {
+            ty,
+            shape,
+            row_bytes,
+            data,
+        })
+    }
+}
+
+impl PackedMatrix for GgmlMatrix {
+    fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    fn scheme(&self) -> &str {
+        self.ty.name()
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {
+        let bytes = &self.data[rows.start * self.row_bytes..rows.end * self.row_bytes];
+        let done = ggml::dequantize(self.ty, bytes, dst);
+        debug_assert!(done.is_ok(), "the constructor checked the sizes");
+    }
+}
