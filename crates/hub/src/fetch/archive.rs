@@ -22,10 +22,11 @@ pub(crate) struct Limits {
     pub files: usize,
 }
 
-impl Default for Limits {
-    fn default() -> Self {
+impl Limits {
+    /// For an archive of so many bytes: weights do not shrink to a hundredth, bombs do.
+    pub(crate) fn of(archive: u64) -> Self {
         Self {
-            bytes: 256 << 30,
+            bytes: archive.saturating_mul(100).saturating_add(64 << 20),
             files: 100_000,
         }
     }
@@ -80,19 +81,63 @@ pub(crate) fn unpack(
         }
     } else {
         let mut archive = tar::Archive::new(GzDecoder::new(file));
-        for entry in archive.entries().map_err(|error| broken(name, &error))? {
+        // The name that the entry before gave to the next one. Read here, because the library would read a
+        // name of any length into memory.
+        let mut given = None;
+        for entry in archive.entries().map_err(|error| broken(name, &error))?.raw(true) {
             let mut entry = entry.map_err(|error| broken(name, &error))?;
-            if !entry.header().entry_type().is_file() {
+            let (kind, size) = (entry.header().entry_type(), entry.size());
+            if kind.is_gnu_longname() || kind.is_pax_local_extensions() {
+                given = long_name(name, &mut entry, kind.is_pax_local_extensions())?.or(given);
                 continue;
             }
-            let member = String::from_utf8(entry.path_bytes().into_owned())
+            let member = given.take().unwrap_or_else(|| entry.path_bytes().into_owned());
+            if !kind.is_file() {
+                continue;
+            }
+            let member = String::from_utf8(member)
                 .map_err(|error| broken(name, &format!("a name is not UTF-8: {error}")))?;
-            let size = entry.size();
             safe(&member, name)?;
             sink.take(inside(&member), size, &mut entry)?;
         }
     }
     Ok(sink.files)
+}
+
+/// The name that an extension entry of a tape archive gives to the next entry.
+fn long_name(archive: &str, entry: &mut impl Read, pax: bool) -> Result<Option<Vec<u8>>> {
+    const LONGEST: u64 = 64 << 10;
+    let mut bytes = Vec::new();
+    entry
+        .take(LONGEST + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| broken(archive, &error))?;
+    if bytes.len() as u64 > LONGEST {
+        return Err(broken(
+            archive,
+            &format!("an extension is longer than {LONGEST} bytes"),
+        ));
+    }
+    if !pax {
+        bytes.truncate(bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len()));
+        return Ok(Some(bytes));
+    }
+    let mut path = None;
+    for extension in tar::PaxExtensions::new(&bytes) {
+        let extension = extension.map_err(|error| broken(archive, &error))?;
+        match extension.key_bytes() {
+            b"path" => path = Some(extension.value_bytes().to_vec()),
+            b"size" => {
+                return Err(Error::unsupported(
+                    archive,
+                    "a file of more than 8 GiB in a tape archive",
+                    "",
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(path)
 }
 
 /// The name without the folder `NAME-VERSION` that everything in a source distribution lies in.
@@ -124,9 +169,6 @@ impl Sink<'_> {
     /// Writes one member, which must be exactly as long as declared.
     fn take(&mut self, member: &str, size: u64, content: &mut dyn Read) -> Result<()> {
         safe(member, self.name)?;
-        if is_program(member) {
-            return Ok(());
-        }
         self.bytes = self.bytes.saturating_add(size);
         if self.bytes > self.limits.bytes || self.files.len() >= self.limits.files {
             let Limits { bytes, files } = self.limits;
@@ -134,6 +176,9 @@ impl Sink<'_> {
                 self.name,
                 &format!("it unpacks to more than {bytes} bytes or {files} files"),
             ));
+        }
+        if is_program(member) {
+            return Ok(());
         }
         let path = self.folder.join(member);
         create_parent(&path)?;
@@ -231,7 +276,7 @@ mod tests {
             ("m/__init__.py", b"boom()"),
             ("m-1.dist-info/METADATA", b"x"),
         ]);
-        let (folder, files) = try_unpack("m-1-py3-none-any.whl", &bytes, Limits::default());
+        let (folder, files) = try_unpack("m-1-py3-none-any.whl", &bytes, Limits::of(1000));
         assert_eq!(
             files.unwrap().keys().collect::<Vec<_>>(),
             ["m-1.dist-info/METADATA", "m/model.gguf"]
@@ -246,7 +291,7 @@ mod tests {
             ("m-1/setup.py", b"boom()", file),
             ("m-1/l", b"", tar::EntryType::Symlink),
         ]);
-        let (_folder, files) = try_unpack("m-1.tar.gz", &bytes, Limits::default());
+        let (_folder, files) = try_unpack("m-1.tar.gz", &bytes, Limits::of(1000));
         let files = files.unwrap();
         assert_eq!(files.keys().collect::<Vec<_>>(), ["m/model.gguf"]);
         assert_eq!(files["m/model.gguf"].size, 4);
@@ -255,14 +300,14 @@ mod tests {
     #[test]
     fn names_that_lead_outside() {
         for name in ["../evil", "m/../../evil", "/evil", "..\\evil", "C:/evil"] {
-            let (folder, result) = try_unpack("m.whl", &wheel(&[(name, b"x")]), Limits::default());
+            let (folder, result) = try_unpack("m.whl", &wheel(&[(name, b"x")]), Limits::of(1000));
             assert!(
                 matches!(result, Err(Error::UnsafePath { .. })),
                 "{name}: {result:?}"
             );
             assert!(!folder.path().join("evil").exists());
             let bytes = sdist(&[(name, b"x", tar::EntryType::Regular)]);
-            let (folder, result) = try_unpack("m.tar.gz", &bytes, Limits::default());
+            let (folder, result) = try_unpack("m.tar.gz", &bytes, Limits::of(1000));
             assert!(
                 matches!(result, Err(Error::UnsafePath { .. })),
                 "{name}: {result:?}"
@@ -290,22 +335,74 @@ mod tests {
             let at = bytes.windows(4).rposition(|four| four == b"PK\x01\x02").unwrap() + 24;
             bytes[at..at + 4].copy_from_slice(&declared.to_le_bytes());
             assert!(
-                try_unpack("m.whl", &bytes, Limits::default()).1.is_err(),
+                try_unpack("m.whl", &bytes, Limits::of(1000)).1.is_err(),
                 "{declared}"
             );
         }
         let whole = wheel(&[("a", &[7; 1000])]);
         for length in 0..whole.len() {
-            assert!(
-                try_unpack("m.whl", &whole[..length], Limits::default())
-                    .1
-                    .is_err()
-            );
+            assert!(try_unpack("m.whl", &whole[..length], Limits::of(1000)).1.is_err());
         }
         let whole = sdist(&[("m/a", &[7; 1000], tar::EntryType::Regular)]);
         for length in 0..whole.len() / 2 {
-            let (_folder, result) = try_unpack("m.tar.gz", &whole[..length], Limits::default());
+            let (_folder, result) = try_unpack("m.tar.gz", &whole[..length], Limits::of(1000));
             assert!(result.is_err() || result.unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn long_names() {
+        let long = format!("m-1/{}/model.gguf", "folder/".repeat(30));
+        let gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        let mut builder = tar::Builder::new(gz);
+        let mut header = tar::Header::new_gnu();
+        header.set_size(4);
+        header.set_mode(0o644);
+        builder
+            .append_data(&mut header, long.replace("//", "/"), b"GGUF".as_slice())
+            .unwrap();
+        builder
+            .append_pax_extensions([("path", b"m-1/other.gguf".as_slice()), ("mtime", b"1.5")])
+            .unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_size(5);
+        header.set_path("m-1/short").unwrap();
+        header.set_cksum();
+        builder.append(&header, b"GGUF2".as_slice()).unwrap();
+        let bytes = builder.into_inner().unwrap().finish().unwrap();
+        let files = try_unpack("m.tar.gz", &bytes, Limits::of(1000)).1.unwrap();
+        assert_eq!(files.len(), 2);
+        assert_eq!(files["other.gguf"].size, 5);
+        // A name without an end.
+        let bytes = sdist(&[("m-1/name", &[b'a'; 100_000], tar::EntryType::GNULongName)]);
+        assert!(
+            try_unpack("m.tar.gz", &bytes, Limits::of(1000))
+                .1
+                .unwrap_err()
+                .to_string()
+                .contains("longer than")
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn damaged_archives(tape: bool, changes in proptest::collection::vec((0usize..2000, 0u8..), 1..8)) {
+            let file = tar::EntryType::Regular;
+            let (name, mut bytes) = match tape {
+                true => ("m.tar.gz", sdist(&[("m/a", &[7; 900], file), ("m/b/c", b"text", file)])),
+                false => ("m.whl", wheel(&[("a", &[7; 900]), ("b/c", b"text")])),
+            };
+            let length = bytes.len();
+            for (at, value) in changes {
+                bytes[at % length] = value;
+            }
+            // Whatever comes of it stays inside and within the limits.
+            let (folder, result) = try_unpack(name, &bytes, Limits { bytes: 2000, files: 4 });
+            if let Ok(files) = result {
+                for (name, file) in files {
+                    proptest::prop_assert!(folder.path().join("in").join(&name).metadata().unwrap().len() == file.size);
+                }
+            }
         }
     }
 }

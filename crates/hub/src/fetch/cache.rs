@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use super::download::{Checksum, Lock, with_suffix};
 use super::progress::Event;
-use super::pypi::MANIFEST;
+use super::pypi::{FILES, MANIFEST};
 use super::{names, pypi};
 use crate::{Error, FetchOptions, Result};
 
@@ -208,7 +208,10 @@ pub fn verify(name: Option<&str>, options: &FetchOptions) -> Result<Vec<Verified
                         at: 0,
                         total: Some(known.size),
                     });
-                    let verdict = judge(Some(Checksum::Sha256(known.sha256)), &model.path.join(&file))?;
+                    let verdict = judge(
+                        Some(Checksum::Sha256(known.sha256)),
+                        &model.path.join(FILES).join(&file),
+                    )?;
                     add(file, verdict);
                 }
             }

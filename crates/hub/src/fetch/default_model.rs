@@ -38,6 +38,7 @@ pub fn default_chat_model(options: &FetchOptions, notice: &mut dyn FnMut(&str)) 
         return Ok(files);
     }
     if let Some(files) = package.cached()? {
+        verify(&package)?;
         return Ok(files);
     }
     if options.offline {

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -189,10 +190,15 @@ impl Download<'_> {
         Ok(())
     }
 
-    /// Brings the partial file to its end and verifies it. A wrong one is removed.
+    /// Brings the partial file to its end and verifies it. A wrong or empty one is removed.
     fn transfer(&self, part: &Path, open: &Open<'_>) -> Result<()> {
         let outcome = http::block_on(async || self.attempts(part, open).await);
-        if matches!(outcome, Err(Error::Checksum { .. })) {
+        let useless = match &outcome {
+            Ok(()) => false,
+            Err(Error::Checksum { .. }) => true,
+            Err(_) => part.metadata().is_ok_and(|meta| meta.len() == 0),
+        };
+        if useless {
             std::fs::remove_file(part).map_err(Error::io(part))?;
         }
         outcome
@@ -348,10 +354,23 @@ pub(crate) fn sync_parent(path: &Path) {
     }
 }
 
+/// A name beside `path` that nobody else uses at the moment.
+pub(crate) fn beside(path: &Path) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    with_suffix(
+        path,
+        &format!(
+            ".{}-{}.tmp",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        ),
+    )
+}
+
 /// Writes a small file so that it is seen whole or not at all.
 pub(crate) fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
     create_parent(path)?;
-    let part = with_suffix(path, &format!(".{}.tmp", std::process::id()));
+    let part = beside(path);
     let write = || -> io::Result<()> {
         let mut file = File::create(&part)?;
         file.write_all(content)?;

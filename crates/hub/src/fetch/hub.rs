@@ -464,8 +464,7 @@ fn translate(error: &HFError, endpoint: &Url, id: &str) -> Error {
 /// Makes `pointer` lead to `blob`: a relative link, or a second name of the file where links are a privilege.
 fn point(pointer: &Path, blob: &Path) -> Result<()> {
     download::create_parent(pointer)?;
-    let part = download::with_suffix(pointer, &format!(".{}.tmp", std::process::id()));
-    let _ = std::fs::remove_file(&part);
+    let part = download::beside(pointer);
     link(pointer, blob, &part)
         .and_then(|()| std::fs::rename(&part, pointer))
         .map_err(Error::io(pointer))

@@ -116,6 +116,7 @@ impl FetchOptions {
                 continue;
             };
             let mut ini = Ini::new_cs();
+            ini.set_multiline(true);
             if let Err(reason) = ini.read(text) {
                 tracing::warn!(file = %path.display(), reason, "pip's configuration is not understood: left out");
                 continue;

