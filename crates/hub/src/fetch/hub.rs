@@ -181,7 +181,7 @@ struct Hub<'a> {
 impl<'a> Hub<'a> {
     fn new(repo: &'a Repo<'a>, endpoint: Url) -> Result<Self> {
         let options = repo.options;
-        let token = options.token.clone().or_else(|| stored_token(options));
+        let token = options.token.clone();
         let plain = http::client(options, false)?;
         let build = |retries: usize| {
             let mut builder = HFClient::builder()
@@ -255,6 +255,8 @@ impl<'a> Hub<'a> {
             }),
             RepoTreeEntry::Directory { .. } => None,
         });
+        // A colon is harmless here and a drive elsewhere: such files are left out, not the whole model.
+        let files = files.filter(|file| !file.name.contains(':'));
         files
             .map(|file| {
                 names::safe(&file.name, self.repo.id)?;
@@ -415,12 +417,6 @@ fn is_outage(error: &Error) -> bool {
 
 fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-/// The token that `hf auth login` has stored.
-fn stored_token(options: &FetchOptions) -> Option<String> {
-    let text = std::fs::read_to_string(options.home.join("token")).ok()?;
-    Some(text.trim().to_owned()).filter(|token| !token.is_empty())
 }
 
 fn translate(error: &HFError, endpoint: &Url, id: &str) -> Error {

@@ -25,7 +25,7 @@ pub struct FetchOptions {
     pub hub_cache: PathBuf,
     /// `HF_ENDPOINT`: the address of the Hub.
     pub endpoint: String,
-    /// `HF_TOKEN`: the token sent to the Hub. When `None`, the one that `hf auth login` stored is used.
+    /// `HF_TOKEN`, or what `hf auth login` has stored: the token sent to the Hub.
     pub token: Option<String>,
     /// `HF_HUB_OFFLINE`: use what is in the cache, and never the network.
     pub offline: bool,
@@ -85,7 +85,7 @@ impl FetchOptions {
         if let Some(endpoint) = var("HF_ENDPOINT") {
             options.endpoint = endpoint.trim_end_matches('/').to_owned();
         }
-        options.token = var("HF_TOKEN").or_else(|| var("HUGGING_FACE_HUB_TOKEN"));
+        options.token = token(&var, &options.home);
         options.offline = var("HF_HUB_OFFLINE")
             .or_else(|| var("TRANSFORMERS_OFFLINE"))
             .is_some_and(|value| is_true(&value));
@@ -145,6 +145,21 @@ impl FetchOptions {
             self.extra_index_urls = urls.split_whitespace().map(str::to_owned).collect();
         }
     }
+}
+
+/// The token of the environment, or the one that `hf auth login` has stored.
+fn token(var: &impl Fn(&str) -> Option<String>, home: &Path) -> Option<String> {
+    if var("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(|value| is_true(&value)) {
+        return None;
+    }
+    let stored = || {
+        let path = var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), |path| expand(&path));
+        std::fs::read_to_string(path).ok()
+    };
+    let token = var("HF_TOKEN")
+        .or_else(|| var("HUGGING_FACE_HUB_TOKEN"))
+        .or_else(stored)?;
+    Some(token.trim().to_owned()).filter(|token| !token.is_empty())
 }
 
 /// pip's configuration files, the weaker first: <https://pip.pypa.io/en/stable/topics/configuration/>.
@@ -213,6 +228,7 @@ mod tests {
         assert_eq!(options.packages(), Path::new("/h/oxiformers/pypi"));
         assert_eq!(options.endpoint, "http://mirror");
         assert!(options.offline);
+        assert_eq!(options.token, None);
         let options = from(&[
             ("XDG_CACHE_HOME", "/x"),
             ("HF_HUB_CACHE", "/c"),
@@ -223,6 +239,16 @@ mod tests {
             (Path::new("/x/huggingface"), Path::new("/c"))
         );
         assert!(!options.offline);
+    }
+
+    #[test]
+    fn where_the_token_comes_from() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("token"), "stored\n").unwrap();
+        let home = ("HF_HOME", folder.path().to_str().unwrap());
+        assert_eq!(from(&[home]).token.as_deref(), Some("stored"));
+        assert_eq!(from(&[home, ("HF_TOKEN", "set")]).token.as_deref(), Some("set"));
+        assert_eq!(from(&[home, ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token, None);
     }
 
     #[test]

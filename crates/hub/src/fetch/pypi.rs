@@ -14,6 +14,7 @@ use url::Url;
 
 use super::archive::{self, Limits, Unpacked};
 use super::download::{self, Checksum, Download, Lock};
+use super::progress::Event;
 use super::{http, names};
 use crate::{Error, FetchOptions, ModelFiles, Result};
 
@@ -110,6 +111,13 @@ impl Package<'_> {
         }
         let archive = root.join(".archives").join(&offer.filename);
         let url = http::parse(&offer.url, &offer.filename)?;
+        if offer.sha256.is_none() {
+            let notice = format!(
+                "{}: the index gives no SHA-256 to check {} against",
+                self.name, offer.filename
+            );
+            self.options.progress.event(Event::Notice(&notice));
+        }
         let client = http::client(self.options, false)?;
         let download = Download {
             file: &offer.filename,

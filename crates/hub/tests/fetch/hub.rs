@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha1::Digest;
 
 use crate::server::{Route, Server};
-use crate::{Random, files_below, hex, noise, options, sha256};
+use crate::{Random, files_below, hex, noise, options, sha256, spawn};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -275,6 +275,59 @@ fn many_at_once_fetch_it_once() {
         }
     });
     assert_eq!(hub.store.count("/model.safetensors"), 1);
+}
+
+#[test]
+fn processes_that_are_killed_and_processes_side_by_side() {
+    let weights = noise(6, 1_200_000);
+    let hub = Hub::new(&[("config.json", b"{}"), ("model.safetensors", &weights)], &[]);
+    hub.store.route(
+        "/model.safetensors",
+        Route::new(weights.clone()).pace(Duration::from_millis(10)),
+    );
+    let home = tempfile::tempdir().unwrap();
+    let options = options(home.path(), &hub.hub.url);
+    let offline = FetchOptions {
+        offline: true,
+        ..options.clone()
+    };
+    let mut random = Random(17);
+    let mut killed = 0;
+    for _ in 0..20 {
+        let mut child = spawn("org/name", home.path(), &hub.hub.url);
+        std::thread::sleep(Duration::from_millis(10 + random.below(190)));
+        killed += usize::from(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(
+            cache::verify(None, &options)
+                .unwrap()
+                .iter()
+                .all(|file| file.verdict == Verdict::Good)
+        );
+        // What the cache gives out is whole.
+        if let Ok(model) = resolve(&source("org/name"), &offline) {
+            assert_eq!(model.get("model.safetensors").unwrap().unwrap(), weights);
+        }
+    }
+    assert!(killed >= 2, "{killed}");
+    let model = resolve(&source("org/name"), &options).unwrap();
+    assert_eq!(model.get("model.safetensors").unwrap().unwrap(), weights);
+    assert!(
+        hub.store
+            .log()
+            .iter()
+            .any(|request| request.headers.contains_key("range"))
+    );
+
+    // An empty cache and three processes: one transfer.
+    let home = tempfile::tempdir().unwrap();
+    let before = hub.store.count("/model.safetensors");
+    let mut children: Vec<_> = (0..3)
+        .map(|_| spawn("org/name", home.path(), &hub.hub.url))
+        .collect();
+    assert!(children.iter_mut().all(|child| child.wait().unwrap().success()));
+    assert_eq!(hub.store.count("/model.safetensors"), before + 1);
 }
 
 #[test]

@@ -5,9 +5,10 @@ mod packages;
 mod server;
 
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use oxiformers_hub::FetchOptions;
+use oxiformers_hub::{FetchOptions, resolve};
 use sha2::{Digest, Sha256};
 
 /// Options that keep everything in `home` and ask only `url`.
@@ -67,4 +68,24 @@ fn files_below(folder: &Path) -> Vec<String> {
     walk(folder, folder, &mut all);
     all.sort();
     all
+}
+
+/// Fetches in another process.
+fn spawn(source: &str, home: &Path, url: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "child"])
+        .env("FETCH_TEST_SOURCE", source)
+        .env("FETCH_TEST_HOME", home)
+        .env("FETCH_TEST_URL", url)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+#[ignore = "the other process of the tests beside it"]
+fn child() {
+    let var = |name: &str| std::env::var(name).expect("started by another test");
+    let options = options(Path::new(&var("FETCH_TEST_HOME")), &var("FETCH_TEST_URL"));
+    resolve(&var("FETCH_TEST_SOURCE").parse().unwrap(), &options).unwrap();
 }
