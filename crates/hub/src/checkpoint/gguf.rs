@@ -66,7 +66,7 @@ ggml_types! {
 }
 
 /// The plain types, and the names of those that are known and not read.
-fn dtype(id: u32) -> Result<DType, String> {
+fn dtype(id: u32) -> std::result::Result<DType, String> {
     Ok(match id {
         0 => DType::F32,
         1 => DType::F16,
@@ -203,16 +203,24 @@ impl Metadata {
 
 /// The files of a model that is split as `NAME-00001-of-000NN.gguf`, or the one file.
 pub(super) fn parts(files: &ModelFiles, first: &str) -> Result<Vec<String>> {
-    let Some((stem, total)) = first.strip_suffix(".gguf").and_then(|stem| stem.rsplit_once("-of-")) else {
+    let Some((stem, total)) = first
+        .strip_suffix(".gguf")
+        .and_then(|stem| stem.rsplit_once("-of-"))
+    else {
         return Ok(vec![first.to_string()]);
     };
     let (Some((base, "00001")), Ok(total)) = (stem.rsplit_once('-'), total.parse::<u32>()) else {
         return Ok(vec![first.to_string()]);
     };
     if total > 9999 {
-        return Err(Error::format(files.describe(first), format!("a model in {total} files is not plausible")));
+        return Err(Error::format(
+            files.describe(first),
+            format!("a model in {total} files is not plausible"),
+        ));
     }
-    Ok((1..=total).map(|part| format!("{base}-{part:05}-of-{total:05}.gguf")).collect())
+    Ok((1..=total)
+        .map(|part| format!("{base}-{part:05}-of-{total:05}.gguf"))
+        .collect())
 }
 
 /// One parsed file.
@@ -226,16 +234,34 @@ impl GgufFile {
     pub(super) fn parse(bytes: &Bytes, file: &str) -> Result<Self> {
         let mut reader = Reader { bytes, at: 0, file };
         if reader.take(4, "magic")? != b"GGUF" {
-            return Err(Error::format(file, "does not begin with GGUF: this is no GGUF file"));
+            return Err(Error::format(
+                file,
+                "does not begin with GGUF: this is no GGUF file",
+            ));
         }
         let version = reader.u32("version")?;
         match version {
             2 | 3 => {}
-            1 => return Err(Error::unsupported(file, "GGUF version 1", "convert the model again")),
-            _ if matches!(version.swap_bytes(), 1..=3) => {
-                return Err(Error::unsupported(file, "big-endian GGUF", "convert the model for little-endian"));
+            1 => {
+                return Err(Error::unsupported(
+                    file,
+                    "GGUF version 1",
+                    "convert the model again",
+                ));
             }
-            _ => return Err(Error::format(file, format!("GGUF version {version} is unknown; 2 and 3 are read"))),
+            _ if matches!(version.swap_bytes(), 1..=3) => {
+                return Err(Error::unsupported(
+                    file,
+                    "big-endian GGUF",
+                    "convert the model for little-endian",
+                ));
+            }
+            _ => {
+                return Err(Error::format(
+                    file,
+                    format!("GGUF version {version} is unknown; 2 and 3 are read"),
+                ));
+            }
         }
         let tensor_count = reader.u64("tensor_count")?;
         let pair_count = reader.u64("metadata_kv_count")?;
@@ -252,7 +278,10 @@ impl GgufFile {
             None => 32,
             Some(Value::U64(n)) if n.is_power_of_two() && *n <= 1 << 20 => *n as usize,
             Some(other) => {
-                return Err(Error::format(file, format!("general.alignment is {other:?}, no power of two")));
+                return Err(Error::format(
+                    file,
+                    format!("general.alignment is {other:?}, no power of two"),
+                ));
             }
         };
         // A table entry takes at least 25 bytes, which bounds what a wrong count can make us reserve.
@@ -273,20 +302,33 @@ impl GgufFile {
             // The file lists the fastest dimension first.
             shape.reverse();
             let dtype = dtype(reader.u32(&name)?).map_err(|what| {
-                Error::unsupported(file, format!("`{name}`: {what}"), "use a file quantized to another type")
+                Error::unsupported(
+                    file,
+                    format!("`{name}`: {what}"),
+                    "use a file quantized to another type",
+                )
             })?;
             let offset = reader.u64(&name)?;
             table.push((TensorInfo { name, dtype, shape }, offset));
         }
-        let start = reader.at.checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
+        let start = reader
+            .at
+            .checked_next_multiple_of(alignment)
+            .unwrap_or(usize::MAX);
         let tensors = table
             .into_iter()
             .map(|(info, offset)| {
                 let bad = |what: &str| Error::format(file, format!("`{}` {what}", info.name));
                 let len = info.dtype.num_bytes(&info.shape).ok_or_else(|| {
-                    bad(&format!("has the shape {:?}, which {} cannot hold", info.shape, info.dtype.name()))
+                    bad(&format!(
+                        "has the shape {:?}, which {} cannot hold",
+                        info.shape,
+                        info.dtype.name()
+                    ))
                 })?;
-                let from = usize::try_from(offset).ok().and_then(|offset| start.checked_add(offset));
+                let from = usize::try_from(offset)
+                    .ok()
+                    .and_then(|offset| start.checked_add(offset));
                 let range = from.and_then(|from| Some(from..from.checked_add(len)?));
                 match range {
                     Some(range) if range.end <= bytes.len() => Ok((info, bytes.slice(range))),
@@ -311,7 +353,10 @@ impl<'a> Reader<'a> {
 
     fn take(&mut self, len: usize, what: &str) -> Result<&'a [u8]> {
         if len > self.rest() {
-            let message = format!("ends at byte {} within `{what}`, which takes {len} more", self.bytes.len());
+            let message = format!(
+                "ends at byte {} within `{what}`, which takes {len} more",
+                self.bytes.len()
+            );
             return Err(Error::format(self.file, message));
         }
         let taken = &self.bytes[self.at..self.at + len];
@@ -360,7 +405,12 @@ impl<'a> Reader<'a> {
             10 => Value::U64(self.u64(key)?),
             11 => Value::I64(i64::from_le_bytes(self.array(key)?)),
             12 => Value::F64(f64::from_le_bytes(self.array(key)?)),
-            _ => return Err(Error::format(self.file, format!("`{key}` has the unknown type {ty}"))),
+            _ => {
+                return Err(Error::format(
+                    self.file,
+                    format!("`{key}` has the unknown type {ty}"),
+                ));
+            }
         })
     }
 
@@ -403,7 +453,12 @@ impl<'a> Reader<'a> {
             10 => Value::Integers(numbers(self, len, key, |b| u64::from_le_bytes(b) as i64)?),
             11 => Value::Integers(numbers(self, len, key, i64::from_le_bytes)?),
             12 => Value::Numbers(numbers(self, len, key, f64::from_le_bytes)?),
-            _ => return Err(Error::format(self.file, format!("`{key}` is an array of the unknown type {ty}"))),
+            _ => {
+                return Err(Error::format(
+                    self.file,
+                    format!("`{key}` is an array of the unknown type {ty}"),
+                ));
+            }
         })
     }
 }

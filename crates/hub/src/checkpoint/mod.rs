@@ -137,7 +137,11 @@ impl Checkpoint {
                 hint: String::new(),
             });
         }
-        Ok(Self(Arc::new(Inner { name: files.name().to_string(), entries: entries.map, gguf: metadata })))
+        Ok(Self(Arc::new(Inner {
+            name: files.name().to_string(),
+            entries: entries.map,
+            gguf: metadata,
+        })))
     }
 
     /// What to call it in messages.
@@ -161,9 +165,11 @@ impl Checkpoint {
     /// Where there is none of that name.
     pub fn tensor(&self, name: &str) -> Result<TensorView> {
         match self.0.entries.get(name) {
-            Some(Entry { info, data }) => {
-                Ok(TensorView { dtype: info.dtype, shape: info.shape.clone(), data: data.clone() })
-            }
+            Some(Entry { info, data }) => Ok(TensorView {
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                data: data.clone(),
+            }),
             None => Err(Error::NotFound {
                 what: format!("the tensor `{name}`"),
                 place: self.name().to_string(),
@@ -185,9 +191,10 @@ struct Entries {
 impl Entries {
     fn insert(&mut self, file: &str, info: TensorInfo, data: Bytes) -> Result<()> {
         match self.map.entry(info.name.clone()) {
-            indexmap::map::Entry::Occupied(_) => {
-                Err(Error::format(file, format!("the tensor `{}` is stored twice", info.name)))
-            }
+            indexmap::map::Entry::Occupied(_) => Err(Error::format(
+                file,
+                format!("the tensor `{}` is stored twice", info.name),
+            )),
             indexmap::map::Entry::Vacant(slot) => {
                 slot.insert(Entry { info, data });
                 Ok(())

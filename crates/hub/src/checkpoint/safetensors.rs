@@ -26,7 +26,10 @@ pub(super) fn files(files: &ModelFiles) -> Result<Option<Vec<String>>> {
         for shard in &shards {
             let plain = !shard.is_empty() && !shard.contains(['/', '\\']) && shard != "." && shard != "..";
             if !plain {
-                return Err(Error::UnsafePath { place: files.describe(INDEX), name: shard.clone() });
+                return Err(Error::UnsafePath {
+                    place: files.describe(INDEX),
+                    name: shard.clone(),
+                });
             }
         }
         return Ok(Some(shards.into_iter().collect()));
@@ -64,7 +67,13 @@ pub(super) fn parse(bytes: &Bytes, file: &str) -> Result<Vec<(TensorInfo, Bytes)
             Dtype::U16 => DType::U16,
             Dtype::U8 => DType::U8,
             Dtype::BOOL => DType::Bool,
-            other => return Err(Error::unsupported(file, format!("`{name}`: the type {other:?}"), "")),
+            other => {
+                return Err(Error::unsupported(
+                    file,
+                    format!("`{name}`: the type {other:?}"),
+                    "",
+                ));
+            }
         };
         let (from, to) = info.data_offsets;
         let range = (start.checked_add(from), start.checked_add(to));
@@ -72,13 +81,23 @@ pub(super) fn parse(bytes: &Bytes, file: &str) -> Result<Vec<(TensorInfo, Bytes)
             return Err(bad(format!("`{name}`: its offsets overflow")));
         };
         if from > to || to > bytes.len() {
-            return Err(bad(format!("`{name}`: bytes {from} to {to} lie outside of the file; it was cut short")));
+            return Err(bad(format!(
+                "`{name}`: bytes {from} to {to} lie outside of the file; it was cut short"
+            )));
         }
         let expected = dtype.num_bytes(&info.shape);
         if expected != Some(to - from) {
-            return Err(bad(format!("`{name}`: {} bytes do not hold the shape {:?}", to - from, info.shape)));
+            return Err(bad(format!(
+                "`{name}`: {} bytes do not hold the shape {:?}",
+                to - from,
+                info.shape
+            )));
         }
-        let info = TensorInfo { name, dtype, shape: info.shape.clone() };
+        let info = TensorInfo {
+            name,
+            dtype,
+            shape: info.shape.clone(),
+        };
         out.push((info, bytes.slice(from..to)));
     }
     Ok(out)
