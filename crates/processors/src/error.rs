@@ -1,0 +1,52 @@
+//! What can go wrong between raw data and tensors.
+
+/// Errors of tokenizers and chat templates.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file of the model could not be found, read or parsed.
+    #[error(transparent)]
+    Hub(#[from] oxiformers_hub::Error),
+    /// A chat template is not valid Jinja.
+    #[error("the chat template {name:?} does not compile: {message}; check the model's chat_template.jinja")]
+    TemplateSyntax {
+        /// Which of the model's templates.
+        name: String,
+        /// What the parser says, with the line.
+        message: String,
+    },
+    /// A chat template failed while rendering.
+    #[error("the chat template {name:?} cannot render this conversation: {message}")]
+    TemplateRender {
+        /// Which of the model's templates.
+        name: String,
+        /// What went wrong, with the line.
+        message: String,
+    },
+    /// The template itself refused the conversation by calling `raise_exception`.
+    #[error("the chat template refuses this conversation: {message}")]
+    TemplateRaised {
+        /// The template's own words.
+        message: String,
+    },
+    /// No template, or none of that name.
+    #[error("{0}")]
+    NoTemplate(String),
+    /// The conversation or an option has a shape that no template can take.
+    #[error("{field}: {message}")]
+    Chat {
+        /// Which input: `messages`, `tools`, `documents`, `continue_final_message`, …
+        field: &'static str,
+        /// What was expected instead.
+        message: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn chat(field: &'static str, message: impl Into<String>) -> Self {
+        Self::Chat { field, message: message.into() }
+    }
+}
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
