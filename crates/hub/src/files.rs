@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 #[cfg(not(target_arch = "wasm32"))]
 use std::path::{Path, PathBuf};
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 
+use crate::checkpoint::gguf::{GgufFile, Metadata};
 use crate::{Error, Result};
 
 /// Folders nested deeper than this are not part of a model.
@@ -29,6 +30,8 @@ const MAP_FROM: u64 = 64 << 10;
 pub struct ModelFiles {
     name: Arc<str>,
     files: Arc<BTreeMap<String, Entry>>,
+    /// The GGUF's header, once it was asked for: weights, tokenizer and template all begin there.
+    gguf: Arc<OnceLock<GgufFile>>,
 }
 
 #[derive(Debug)]
@@ -96,6 +99,7 @@ impl ModelFiles {
         Self {
             name: name.into(),
             files: Arc::new(files),
+            gguf: Arc::default(),
         }
     }
 
@@ -199,6 +203,29 @@ impl ModelFiles {
             first = first.or(Some(name));
         }
         first
+    }
+
+    /// The metadata of the GGUF file, if that is what the model is. It is read once.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when its header breaks the rules of the format; as [`ModelFiles::get`] else.
+    pub fn gguf_metadata(&self) -> Result<Option<&Metadata>> {
+        Ok(self.gguf_file()?.map(|file| &*file.metadata))
+    }
+
+    /// The first or only part of a GGUF.
+    pub(crate) fn gguf_file(&self) -> Result<Option<&GgufFile>> {
+        if let Some(file) = self.gguf.get() {
+            return Ok(Some(file));
+        }
+        let Some(name) = self.gguf() else {
+            return Ok(None);
+        };
+        let Some(bytes) = self.get(name)? else {
+            return Ok(None);
+        };
+        let file = GgufFile::parse(&bytes, &self.describe(name))?;
+        Ok(Some(self.gguf.get_or_init(|| file)))
     }
 
     /// `name` with the model it belongs to, for messages.

@@ -7,6 +7,24 @@ pub enum Error {
     /// A file of the model could not be found, read or parsed.
     #[error(transparent)]
     Hub(#[from] oxiformers_hub::Error),
+    /// None of the model's files is a tokenizer.
+    #[error(
+        "{model} has no tokenizer: none of tokenizer.json, a GGUF with tokenizer.ggml.tokens, tokenizer.model, \
+         tekken.json, *.tiktoken, vocab.json with merges.txt, vocab.txt"
+    )]
+    NoTokenizer {
+        /// The model's name.
+        model: String,
+    },
+    /// A special token is needed that the tokenizer does not have.
+    #[error("the tokenizer has no {role}; name one in tokenizer_config.json")]
+    NoToken {
+        /// `pad_token`, `bos_token`, …
+        role: &'static str,
+    },
+    /// A text cannot be encoded, or ids cannot be decoded.
+    #[error("the tokenizer cannot do this text: {0}")]
+    Tokenize(String),
     /// A chat template is not valid Jinja.
     #[error("the chat template {name:?} does not compile: {message}; check the model's chat_template.jinja")]
     TemplateSyntax {
@@ -43,8 +61,21 @@ pub enum Error {
 }
 
 impl Error {
+    /// A file of the model that breaks the rules of its format.
+    pub(crate) fn format(file: impl Into<String>, what: impl Into<String>) -> Self {
+        Self::Hub(oxiformers_hub::Error::format(file, what))
+    }
+
+    /// What the tokenizer library says, in `map_err`.
+    pub(crate) fn tokenize(error: impl ToString) -> Self {
+        Self::Tokenize(error.to_string())
+    }
+
     pub(crate) fn chat(field: &'static str, message: impl Into<String>) -> Self {
-        Self::Chat { field, message: message.into() }
+        Self::Chat {
+            field,
+            message: message.into(),
+        }
     }
 }
 

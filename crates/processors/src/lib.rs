@@ -2,6 +2,8 @@
 
 pub mod chat_template;
 mod error;
+pub mod tokenizer;
 
 pub use chat_template::{ChatTemplate, Message, RenderOptions, Rendered};
 pub use error::{Error, Result};
+pub use tokenizer::Tokenizer;

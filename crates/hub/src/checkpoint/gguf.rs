@@ -2,6 +2,8 @@
 //!
 //! Source: the format's specification, `docs/gguf.md` of the ggml project.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use indexmap::IndexMap;
 
@@ -224,14 +226,15 @@ pub(super) fn parts(files: &ModelFiles, first: &str) -> Result<Vec<String>> {
 }
 
 /// One parsed file.
-pub(super) struct GgufFile {
-    pub(super) metadata: Metadata,
+#[derive(Debug)]
+pub(crate) struct GgufFile {
+    pub(crate) metadata: Arc<Metadata>,
     pub(super) tensors: Vec<(TensorInfo, Bytes)>,
 }
 
 impl GgufFile {
     /// Parses header, metadata and tensor table; the tensors are slices of `bytes`.
-    pub(super) fn parse(bytes: &Bytes, file: &str) -> Result<Self> {
+    pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Self> {
         let mut reader = Reader { bytes, at: 0, file };
         if reader.take(4, "magic")? != b"GGUF" {
             return Err(Error::format(
@@ -336,7 +339,10 @@ impl GgufFile {
                 }
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { metadata, tensors })
+        Ok(Self {
+            metadata: Arc::new(metadata),
+            tensors,
+        })
     }
 }
 

@@ -103,7 +103,7 @@ pub struct Checkpoint(Arc<Inner>);
 struct Inner {
     name: String,
     entries: IndexMap<String, Entry>,
-    gguf: Option<gguf::Metadata>,
+    gguf: Option<Arc<gguf::Metadata>>,
 }
 
 impl Checkpoint {
@@ -116,12 +116,18 @@ impl Checkpoint {
         let mut metadata = None;
         if let Some(first) = files.gguf() {
             for name in gguf::parts(files, first)? {
-                let bytes = require(files, &name)?;
-                let file = gguf::GgufFile::parse(&bytes, &files.describe(&name))?;
-                for (info, data) in file.tensors {
-                    entries.insert(&files.describe(&name), info, data)?;
+                let parsed;
+                let file = match files.gguf_file()?.filter(|_| name == first) {
+                    Some(file) => file,
+                    None => {
+                        parsed = gguf::GgufFile::parse(&require(files, &name)?, &files.describe(&name))?;
+                        &parsed
+                    }
+                };
+                for (info, data) in &file.tensors {
+                    entries.insert(&files.describe(&name), info.clone(), data.clone())?;
                 }
-                metadata.get_or_insert(file.metadata);
+                metadata.get_or_insert_with(|| file.metadata.clone());
             }
         } else if let Some(names) = safetensors::files(files)? {
             for name in names {
@@ -180,7 +186,7 @@ impl Checkpoint {
 
     /// The metadata, if this is a GGUF.
     pub fn gguf(&self) -> Option<&gguf::Metadata> {
-        self.0.gguf.as_ref()
+        self.0.gguf.as_deref()
     }
 }
 

@@ -38,7 +38,11 @@ impl std::error::Error for Raised {}
 /// An environment with Transformers' filters and globals.
 pub(super) fn new() -> Environment<'static> {
     let mut env = Environment::new();
-    if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
+    if let Ok(syntax) = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()
+    {
         env.set_syntax(syntax);
     }
     env.set_auto_escape_callback(|_| AutoEscape::None);
@@ -67,11 +71,16 @@ pub(super) fn render(
         let mut source = Some(error as &dyn std::error::Error);
         while let Some(error) = source {
             if let Some(Raised(message)) = error.downcast_ref() {
-                return CrateError::TemplateRaised { message: message.clone() };
+                return CrateError::TemplateRaised {
+                    message: message.clone(),
+                };
             }
             source = error.source();
         }
-        CrateError::TemplateRender { name: name.into(), message: describe(error) }
+        CrateError::TemplateRender {
+            name: name.into(),
+            message: describe(error),
+        }
     };
 
     let mut values: BTreeMap<String, Value> = BTreeMap::new();
@@ -79,8 +88,12 @@ pub(super) fn render(
         "strftime_now".into(),
         Value::from_function(move |format: &str| -> Result<String, Error> {
             let now = now.unwrap_or_else(|| chrono::Local::now().naive_local());
-            strftime::strftime(now, format)
-                .ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "strftime_now: the format is too long"))
+            strftime::strftime(now, format).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::InvalidOperation,
+                    "strftime_now: the format is too long",
+                )
+            })
         }),
     );
     let mut input = 0usize;
@@ -88,7 +101,10 @@ pub(super) fn render(
         input = input.saturating_add(size(&value));
         values.insert(key, to_value(value));
     }
-    values.insert(generation::FUNCTION.into(), generation::function(progress.clone()));
+    values.insert(
+        generation::FUNCTION.into(),
+        generation::function(progress.clone()),
+    );
 
     let mut env = env.clone();
     env.set_fuel(Some(FUEL.saturating_add(input as u64)));
@@ -98,9 +114,13 @@ pub(super) fn render(
         progress: progress.clone(),
     };
     let template = env.get_template(name).map_err(|error| failed(&error))?;
-    template.render_captured_to(Value::from(values), &mut writer).map_err(|error| failed(&error))?;
-    String::from_utf8(writer.text)
-        .map_err(|error| CrateError::TemplateRender { name: name.into(), message: error.to_string() })
+    template
+        .render_captured_to(Value::from(values), &mut writer)
+        .map_err(|error| failed(&error))?;
+    String::from_utf8(writer.text).map_err(|error| CrateError::TemplateRender {
+        name: name.into(),
+        message: error.to_string(),
+    })
 }
 
 /// The message of an error with its line.
@@ -137,7 +157,10 @@ fn size(value: &serde_json::Value) -> usize {
         serde_json::Value::String(text) => 8 + text.len(),
         serde_json::Value::Array(items) => 8 + items.iter().map(size).sum::<usize>(),
         serde_json::Value::Object(items) => {
-            8 + items.iter().map(|(key, item)| key.len() + size(item)).sum::<usize>()
+            8 + items
+                .iter()
+                .map(|(key, item)| key.len() + size(item))
+                .sum::<usize>()
         }
         _ => 8,
     }

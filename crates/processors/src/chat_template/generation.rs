@@ -47,7 +47,10 @@ pub(super) fn rewrite(source: &str) -> Result<String, String> {
             Some(b'{') => tag.split_at(tag_end(tag, "}}")),
             Some(b'%') => {
                 let (block, tail) = tag.split_at(tag_end(tag, "%}"));
-                let inner = block.trim_start_matches("{%").trim_start_matches(['-', '+']).trim_start();
+                let inner = block
+                    .trim_start_matches("{%")
+                    .trim_start_matches(['-', '+'])
+                    .trim_start();
                 let word: &str = inner
                     .split(|c: char| !c.is_alphanumeric() && c != '_')
                     .next()
@@ -69,7 +72,9 @@ pub(super) fn rewrite(source: &str) -> Result<String, String> {
                     tag.split_at(raw_end(tag, block.len()))
                 } else {
                     if word == "set" && refused_target(&inner[3..]) {
-                        return Err(format!("a namespace takes no name with a leading underscore: {block}"));
+                        return Err(format!(
+                            "a namespace takes no name with a leading underscore: {block}"
+                        ));
                     }
                     (block, tail)
                 }
@@ -86,7 +91,10 @@ pub(super) fn rewrite(source: &str) -> Result<String, String> {
 /// `set ns._name = …`, which Transformers refuses.
 fn refused_target(assignment: &str) -> bool {
     let target = assignment.split(['=', '%']).next().unwrap_or_default();
-    target.split('.').skip(1).any(|name| name.trim_start().starts_with('_'))
+    target
+        .split('.')
+        .skip(1)
+        .any(|name| name.trim_start().starts_with('_'))
 }
 
 /// Length of the tag that opens `text`, its end mark included; strings and brackets inside are skipped.
@@ -120,7 +128,11 @@ fn raw_end(text: &str, body: usize) -> usize {
     while let Some(at) = text[from..].find("{%") {
         let tag = &text[from + at..];
         let end = tag.find("%}").map_or(tag.len(), |end| end + 2);
-        if tag[2..end].trim_start_matches(['-', '+']).trim_start().starts_with("endraw") {
+        if tag[2..end]
+            .trim_start_matches(['-', '+'])
+            .trim_start()
+            .starts_with("endraw")
+        {
             return from + at + end;
         }
         from += at + 2;
@@ -140,16 +152,26 @@ pub fn assistant_mask(spans: &[Range<usize>], offsets: &[Range<usize>]) -> Vec<b
         // A start beyond the last token: the text was truncated.
         let Some(first) = token_at(span.start) else { break };
         let last = token_at(span.end - 1).unwrap_or(offsets.len().saturating_sub(1));
-        mask.iter_mut().take(last + 1).skip(first).for_each(|flag| *flag = true);
+        mask.iter_mut()
+            .take(last + 1)
+            .skip(first)
+            .for_each(|flag| *flag = true);
     }
     mask
 }
 
 /// Turns character ranges into byte ranges of `text`.
 pub fn char_to_byte_spans(text: &str, spans: &[Range<usize>]) -> Vec<Range<usize>> {
-    let starts: Vec<usize> = text.char_indices().map(|(at, _)| at).chain([text.len()]).collect();
+    let starts: Vec<usize> = text
+        .char_indices()
+        .map(|(at, _)| at)
+        .chain([text.len()])
+        .collect();
     let byte = |at: usize| starts.get(at).copied().unwrap_or(text.len());
-    spans.iter().map(|span| byte(span.start)..byte(span.end)).collect()
+    spans
+        .iter()
+        .map(|span| byte(span.start)..byte(span.end))
+        .collect()
 }
 
 #[cfg(test)]

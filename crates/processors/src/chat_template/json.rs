@@ -11,11 +11,7 @@ const MAX_DEPTH: usize = 256;
 const MAX_LEN: usize = 32 << 20;
 
 /// `json.dumps(value, ensure_ascii, indent, separators, sort_keys)`.
-pub(super) fn tojson(
-    state: &State,
-    value: Value,
-    arguments: Rest<Value>,
-) -> Result<Value, Error> {
+pub(super) fn tojson(state: &State, value: Value, arguments: Rest<Value>) -> Result<Value, Error> {
     type Arguments = (Option<Value>, Option<Value>, Option<Value>, Option<Value>, Kwargs);
     let (ensure_ascii, indent, separators, sort_keys, kwargs): Arguments = from_args(&arguments)?;
     let argument = |name, given: Option<Value>| -> Result<Option<Value>, Error> {
@@ -47,8 +43,18 @@ pub(super) fn tojson(
     };
     kwargs.assert_all_used()?;
     // Shared parts of a value are written once per use, so the text can outgrow what the value cost to build.
-    let budget = state.fuel_levels().map_or(MAX_LEN, |(_, left)| MAX_LEN.min((left as usize).saturating_mul(16)));
-    let mut dump = Dump { out: String::new(), ensure_ascii, sort_keys, indent, item, key, budget };
+    let budget = state.fuel_levels().map_or(MAX_LEN, |(_, left)| {
+        MAX_LEN.min((left as usize).saturating_mul(16))
+    });
+    let mut dump = Dump {
+        out: String::new(),
+        ensure_ascii,
+        sort_keys,
+        indent,
+        item,
+        key,
+        budget,
+    };
     dump.value(&value, 0)?;
     state.consume_fuel(dump.out.len() as u64 / 16)?;
     Ok(Value::from(dump.out))

@@ -29,7 +29,11 @@ pub enum Content {
 impl Message {
     /// A message of any role.
     pub fn new(role: impl Into<String>, content: impl Into<Content>) -> Self {
-        Self { role: role.into(), content: Some(content.into()), extra: Map::new() }
+        Self {
+            role: role.into(),
+            content: Some(content.into()),
+            extra: Map::new(),
+        }
     }
 
     /// Instructions to the model.
@@ -54,7 +58,11 @@ impl Message {
 
     /// The calls of tools that the model asked for, as a message without content.
     pub fn tool_calls(calls: Vec<Value>) -> Self {
-        Self { role: "assistant".into(), ..Self::default() }.with("tool_calls", calls)
+        Self {
+            role: "assistant".into(),
+            ..Self::default()
+        }
+        .with("tool_calls", calls)
     }
 
     /// Sets a further field.
@@ -67,9 +75,10 @@ impl Message {
     pub fn text(&self) -> String {
         match &self.content {
             Some(Content::Text(text)) => text.clone(),
-            Some(Content::Parts(parts)) => {
-                parts.iter().filter_map(|part| part.get("text").and_then(Value::as_str)).collect()
-            }
+            Some(Content::Parts(parts)) => parts
+                .iter()
+                .filter_map(|part| part.get("text").and_then(Value::as_str))
+                .collect(),
             None => String::new(),
         }
     }

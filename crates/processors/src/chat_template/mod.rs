@@ -78,12 +78,18 @@ pub struct RenderOptions {
 impl RenderOptions {
     /// Options that end the text with the header of the assistant's next message.
     pub fn generation() -> Self {
-        Self { add_generation_prompt: true, ..Self::default() }
+        Self {
+            add_generation_prompt: true,
+            ..Self::default()
+        }
     }
 
     /// Options that leave the `content` of the final message open.
     pub fn continuing() -> Self {
-        Self { continue_final_message: Some("content".into()), ..Self::default() }
+        Self {
+            continue_final_message: Some("content".into()),
+            ..Self::default()
+        }
     }
 
     /// Sets a variable of the template.
@@ -128,16 +134,25 @@ impl ChatTemplate {
         let mut env = environment::new();
         let mut sources = IndexMap::new();
         for (name, source) in templates {
-            let syntax = |message| Error::TemplateSyntax { name: name.clone(), message };
+            let syntax = |message| Error::TemplateSyntax {
+                name: name.clone(),
+                message,
+            };
             let rewritten = generation::rewrite(&source).map_err(syntax)?;
             env.add_template_owned(name.clone(), rewritten)
                 .map_err(|error| syntax(environment::describe(&error)))?;
             sources.insert(name, source);
         }
         if sources.is_empty() {
-            return Err(Error::NoTemplate("the model has no chat template: pass one as Jinja text".into()));
+            return Err(Error::NoTemplate(
+                "the model has no chat template: pass one as Jinja text".into(),
+            ));
         }
-        Ok(Self { env: Arc::new(env), sources, special_tokens: Map::new() })
+        Ok(Self {
+            env: Arc::new(env),
+            sources,
+            special_tokens: Map::new(),
+        })
     }
 
     /// The special tokens that templates see (`bos_token`, `eos_token`, …).
@@ -145,7 +160,11 @@ impl ChatTemplate {
         mut self,
         tokens: impl IntoIterator<Item = (K, V)>,
     ) -> Self {
-        self.special_tokens.extend(tokens.into_iter().map(|(name, token)| (name.into(), token.into())));
+        self.special_tokens.extend(
+            tokens
+                .into_iter()
+                .map(|(name, token)| (name.into(), token.into())),
+        );
         self
     }
 
@@ -202,8 +221,15 @@ impl ChatTemplate {
                 check(field, value)?;
             }
         }
-        if let Some(name) = options.kwargs.keys().find(|name| RESERVED.contains(&name.as_str())) {
-            return Err(Error::chat("kwargs", format!("{name:?} has an argument of its own")));
+        if let Some(name) = options
+            .kwargs
+            .keys()
+            .find(|name| RESERVED.contains(&name.as_str()))
+        {
+            return Err(Error::chat(
+                "kwargs",
+                format!("{name:?} has an argument of its own"),
+            ));
         }
 
         let mut context = self.special_tokens.clone();
@@ -214,12 +240,17 @@ impl ChatTemplate {
         context.insert("messages".into(), messages.into());
         context.insert("tools".into(), options.tools.clone().into());
         context.insert("documents".into(), options.documents.clone().into());
-        context.insert("add_generation_prompt".into(), options.add_generation_prompt.into());
+        context.insert(
+            "add_generation_prompt".into(),
+            options.add_generation_prompt.into(),
+        );
 
         let progress = Arc::new(Mutex::new(generation::Progress::default()));
         let text = environment::render(&self.env, name, context, options.now, &progress)?;
-        let generation =
-            progress.lock().map(|mut progress| std::mem::take(&mut progress.spans)).unwrap_or_default();
+        let generation = progress
+            .lock()
+            .map(|mut progress| std::mem::take(&mut progress.spans))
+            .unwrap_or_default();
         let text = match open {
             Some(final_text) => cut_at_tag(text, &final_text)?,
             None => text,
@@ -231,16 +262,24 @@ impl ChatTemplate {
 /// Plain JSON of the messages: keys with a null value go, reasoning is passed under all its names.
 fn prepare_messages<M: Serialize>(messages: &[M]) -> Result<Vec<Value>> {
     if messages.is_empty() {
-        return Err(Error::chat("messages", "the conversation is empty: give at least one message"));
+        return Err(Error::chat(
+            "messages",
+            "the conversation is empty: give at least one message",
+        ));
     }
     let mut prepared = Vec::with_capacity(messages.len());
     for (index, message) in messages.iter().enumerate() {
         let value = serde_json::to_value(message)
             .map_err(|error| Error::chat("messages", format!("message {index}: {error}")))?;
         check("messages", &value)?;
-        let Value::Object(mut message) = value else { continue };
+        let Value::Object(mut message) = value else {
+            continue;
+        };
         message.retain(|_, value| !value.is_null());
-        let reasoning = REASONING_FIELDS.iter().find_map(|field| message.get(*field)).cloned();
+        let reasoning = REASONING_FIELDS
+            .iter()
+            .find_map(|field| message.get(*field))
+            .cloned();
         if let Some(reasoning) = reasoning {
             let mut aliased = Map::from_iter([("thinking".to_string(), reasoning.clone())]);
             aliased.extend(message);
@@ -260,18 +299,28 @@ fn check(field: &'static str, value: &Value) -> Result<()> {
             Value::String(_) => "a string",
             _ => "a scalar",
         };
-        return Err(Error::chat(field, format!("expected a list of objects, but one item is {kind}")));
+        return Err(Error::chat(
+            field,
+            format!("expected a list of objects, but one item is {kind}"),
+        ));
     }
     check_depth(field, value, 0)
 }
 
 fn check_depth(field: &'static str, value: &Value, depth: usize) -> Result<()> {
     if depth > MAX_DEPTH {
-        return Err(Error::chat(field, format!("nested deeper than {MAX_DEPTH} levels")));
+        return Err(Error::chat(
+            field,
+            format!("nested deeper than {MAX_DEPTH} levels"),
+        ));
     }
     match value {
-        Value::Array(items) => items.iter().try_for_each(|item| check_depth(field, item, depth + 1)),
-        Value::Object(items) => items.values().try_for_each(|item| check_depth(field, item, depth + 1)),
+        Value::Array(items) => items
+            .iter()
+            .try_for_each(|item| check_depth(field, item, depth + 1)),
+        Value::Object(items) => items
+            .values()
+            .try_for_each(|item| check_depth(field, item, depth + 1)),
         _ => Ok(()),
     }
 }
@@ -281,23 +330,36 @@ fn open_final_message(messages: &mut [Value], field: &str, source: &str) -> Resu
     let refuse = |message: String| Error::chat("continue_final_message", message);
     let last = messages.last_mut().and_then(Value::as_object_mut);
     let last = last.ok_or_else(|| refuse("the conversation is empty".into()))?;
-    let value =
-        last.get(field).cloned().ok_or_else(|| refuse(format!("the final message has no {field:?} to continue")))?;
+    let value = last
+        .get(field)
+        .cloned()
+        .ok_or_else(|| refuse(format!("the final message has no {field:?} to continue")))?;
 
     // Reasoning stands under several names: tag every copy, whichever the template reads.
     let fields: Vec<&str> = if REASONING_FIELDS.contains(&field) {
-        REASONING_FIELDS.into_iter().filter(|name| last.get(*name) == Some(&value)).collect()
+        REASONING_FIELDS
+            .into_iter()
+            .filter(|name| last.get(*name) == Some(&value))
+            .collect()
     } else {
         vec![field]
     };
     if !fields.iter().any(|field| source.contains(field)) {
-        return Err(refuse(format!("the chat template does not read the field {field:?}")));
+        return Err(refuse(format!(
+            "the chat template does not read the field {field:?}"
+        )));
     }
     match value {
         Value::Array(_) => {
-            let block = last.get_mut(field).and_then(Value::as_array_mut).and_then(|blocks| {
-                blocks.iter_mut().rev().find_map(|block| block.as_object_mut()?.get_mut("text"))
-            });
+            let block = last
+                .get_mut(field)
+                .and_then(Value::as_array_mut)
+                .and_then(|blocks| {
+                    blocks
+                        .iter_mut()
+                        .rev()
+                        .find_map(|block| block.as_object_mut()?.get_mut("text"))
+                });
             let text = match block {
                 Some(Value::String(text)) => text,
                 Some(_) => return Err(refuse("the \"text\" of the final message is not a string".into())),

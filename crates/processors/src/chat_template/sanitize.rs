@@ -28,7 +28,11 @@ pub enum Piece {
 impl ControlTokens {
     /// The special tokens of a tokenizer (and those added tokens that its template writes).
     pub fn new<T: Into<String>>(tokens: impl IntoIterator<Item = T>) -> Self {
-        let mut tokens: Vec<String> = tokens.into_iter().map(Into::into).filter(|t: &String| !t.is_empty()).collect();
+        let mut tokens: Vec<String> = tokens
+            .into_iter()
+            .map(Into::into)
+            .filter(|t: &String| !t.is_empty())
+            .collect();
         tokens.sort_by(|a, b| b.chars().count().cmp(&a.chars().count()));
         Self { tokens }
     }
@@ -38,9 +42,12 @@ impl ControlTokens {
         match value {
             Value::String(text) => self.mark_text(text).into(),
             Value::Array(items) => items.iter().map(|item| self.mark(item)).collect(),
-            Value::Object(items) => {
-                Value::Object(items.iter().map(|(k, v)| (k.clone(), self.mark(v))).collect::<Map<_, _>>())
-            }
+            Value::Object(items) => Value::Object(
+                items
+                    .iter()
+                    .map(|(k, v)| (k.clone(), self.mark(v)))
+                    .collect::<Map<_, _>>(),
+            ),
             other => other.clone(),
         }
     }
@@ -68,7 +75,10 @@ impl ControlTokens {
     }
 
     fn at(&self, text: &str) -> Option<&str> {
-        self.tokens.iter().find(|token| text.starts_with(token.as_str())).map(String::as_str)
+        self.tokens
+            .iter()
+            .find(|token| text.starts_with(token.as_str()))
+            .map(String::as_str)
     }
 
     /// Splits a text rendered from marked input. A marker that the template tore off its token is dropped but
@@ -123,7 +133,10 @@ mod tests {
                 Piece::Template("<eos>".into()),
             ]
         );
-        assert_eq!(control.split("<e\u{f0000}os>"), [Piece::Template("<e".into()), Piece::Template("os>".into())]);
+        assert_eq!(
+            control.split("<e\u{f0000}os>"),
+            [Piece::Template("<e".into()), Piece::Template("os>".into())]
+        );
         assert_eq!(marked["content"][1], "\u{f0000}<s>\u{f0001}");
     }
 }

@@ -50,10 +50,15 @@ mod tests {
 
     #[test]
     fn directives_are_pythons() {
-        let now = chrono::DateTime::from_timestamp(1_720_000_005, 123_456_789).unwrap().naive_utc();
+        let now = chrono::DateTime::from_timestamp(1_720_000_005, 123_456_789)
+            .unwrap()
+            .naive_utc();
         let at = |format: &str| strftime(now, format).unwrap();
         assert_eq!(at("%Y-%m-%d %H:%M:%S.%f%z"), "2024-07-03 09:46:45.123456");
-        assert_eq!(at("%d %b %Y|%-d|%B|%A|%j|%%|%^a"), "03 Jul 2024|3|July|Wednesday|185|%|WED");
+        assert_eq!(
+            at("%d %b %Y|%-d|%B|%A|%j|%%|%^a"),
+            "03 Jul 2024|3|July|Wednesday|185|%|WED"
+        );
         assert_eq!(at("100%"), "100%");
         assert_eq!(at("%Ö %q"), "%Ö %q");
         assert_eq!(at("%-"), "%-");

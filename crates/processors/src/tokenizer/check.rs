@@ -1,0 +1,193 @@
+//! What must hold before bytes from outside reach code that takes it for granted.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// Runs code of a library that may panic on nonsense, and makes an error of it. (Where panics abort, as in the
+/// browser, only the checks of this module stand before that code.)
+pub(super) fn guard<T, E: ToString>(
+    file: &str,
+    run: impl FnOnce() -> std::result::Result<T, E>,
+) -> Result<T> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(Error::format(file, error.to_string())),
+        Err(_) => Err(Error::format(
+            file,
+            "the tokenizer is inconsistent; fetch the file again",
+        )),
+    }
+}
+
+/// Checks the merges of BPE: both halves fit into the longest token together, and the second one begins with
+/// the prefix that it is about to lose. (The library copies into a buffer of that length.)
+pub(super) fn merges<'a>(
+    file: &str,
+    longest: usize,
+    prefix: &str,
+    merges: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Result<()> {
+    for (left, right) in merges {
+        let sound = right.is_char_boundary(prefix.len())
+            && right.len() >= prefix.len()
+            && left.len() + right.len() - prefix.len() <= longest;
+        if !sound {
+            return Err(Error::format(
+                file,
+                format!("the merge of {left:?} and {right:?} is not a token"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Looks through a `tokenizer.json` for what its own reader would not survive.
+pub(super) fn tokenizer_json(file: &str, bytes: &[u8]) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Outline<'a> {
+        #[serde(default)]
+        normalizer: Value,
+        #[serde(borrow)]
+        model: Model<'a>,
+    }
+    #[derive(Deserialize)]
+    struct Model<'a> {
+        #[serde(default)]
+        vocab: Longest,
+        #[serde(borrow, default)]
+        merges: Vec<Merge<'a>>,
+        #[serde(default)]
+        continuing_subword_prefix: Option<String>,
+    }
+    let outline: Outline<'_> =
+        serde_json::from_slice(bytes).map_err(|e| Error::format(file, format!("not a tokenizer: {e}")))?;
+    let prefix = outline.model.continuing_subword_prefix.unwrap_or_default();
+    let pairs = outline
+        .model
+        .merges
+        .iter()
+        .map(Merge::halves)
+        .collect::<Option<Vec<_>>>();
+    let pairs = pairs.ok_or_else(|| Error::format(file, "model.merges: not pairs of tokens"))?;
+    merges(file, outline.model.vocab.0, &prefix, pairs.into_iter())?;
+    normalizer(file, &outline.normalizer)
+}
+
+/// Checks the character maps in a normalizer, however deep.
+fn normalizer(file: &str, description: &Value) -> Result<()> {
+    if let Some(map) = description.get("precompiled_charsmap").and_then(Value::as_str) {
+        use base64::Engine;
+        let bytes = base64::engine::general_purpose::STANDARD
+            .decode(map)
+            .map_err(|e| Error::format(file, format!("precompiled_charsmap: {e}")))?;
+        charsmap(file, &bytes)?;
+    }
+    for inner in description
+        .get("normalizers")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        normalizer(file, inner)?;
+    }
+    Ok(())
+}
+
+/// Checks a `precompiled_charsmap`: `u32` length of the trie in bytes, the trie (a double array of `u32` units
+/// in blocks of 256), and the replacement texts, each ended by a zero byte. Every step of a lookup must stay in
+/// the array, and every value must point to a text.
+pub(super) fn charsmap(file: &str, bytes: &[u8]) -> Result<()> {
+    let broken = |what: &str| Error::format(file, format!("precompiled_charsmap: {what}"));
+    let (size, rest) = bytes
+        .split_first_chunk::<4>()
+        .ok_or_else(|| broken("cut short"))?;
+    let size = u32::from_le_bytes(*size) as usize;
+    let (trie, texts) = rest
+        .split_at_checked(size)
+        .ok_or_else(|| broken("the trie is cut short"))?;
+    let texts = std::str::from_utf8(texts).map_err(|_| broken("the texts are not UTF-8"))?;
+    let units: Vec<usize> = trie
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|unit| u32::from_le_bytes(*unit) as usize)
+        .collect();
+    if size % 4 != 0 || units.is_empty() || units.len() % 256 != 0 {
+        return Err(broken("the trie is not made of whole blocks"));
+    }
+    for (at, unit) in units.iter().enumerate() {
+        if unit >> 31 != 0 {
+            continue; // a value
+        }
+        let next = at ^ ((unit >> 10) << ((unit & (1 << 9)) >> 6));
+        let leaf = (unit >> 8) & 1 == 1;
+        match units.get(next) {
+            // Unused units look like inner ones and may point anywhere, but only a label that leads to them
+            // is followed: an inner unit's label is the byte that it was reached by.
+            None => return Err(broken("the trie leads outside of itself")),
+            Some(value) if leaf && !texts.is_char_boundary(value & 0x7FFF_FFFF) => {
+                return Err(broken("a value points outside of the texts"));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Length in bytes of the longest key of a vocabulary given as an object; other shapes count as 0.
+#[derive(Default)]
+struct Longest(usize);
+
+impl<'de> Deserialize<'de> for Longest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = Longest;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a vocabulary")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Longest, A::Error> {
+                let mut longest = 0;
+                while let Some((key, _)) = map.next_entry::<Text<'de>, IgnoredAny>()? {
+                    longest = longest.max(key.0.len());
+                }
+                Ok(Longest(longest))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> std::result::Result<Longest, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Longest(0))
+            }
+            fn visit_unit<E>(self) -> std::result::Result<Longest, E> {
+                Ok(Longest(0))
+            }
+        }
+        deserializer.deserialize_any(Keys)
+    }
+}
+
+/// A string, borrowed where the JSON has no escapes in it.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// A merge in either spelling.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge<'a> {
+    Pair(#[serde(borrow)] Text<'a>, #[serde(borrow)] Text<'a>),
+    Joined(#[serde(borrow)] Text<'a>),
+}
+
+impl Merge<'_> {
+    fn halves(&self) -> Option<(&str, &str)> {
+        match self {
+            Self::Pair(left, right) => Some((&left.0, &right.0)),
+            Self::Joined(text) => text.0.split_once(' '),
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! `tokenizer_config.json` and `special_tokens_map.json`: what a model says beside its tokenizer.
+
+use indexmap::IndexMap;
+use oxiformers_hub::ModelFiles;
+use serde_json::{Map, Value};
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::assemble;
+use crate::Result;
+
+/// Where rows are padded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PaddingSide {
+    /// Before the text: what decoders need to generate in batches.
+    Left,
+    /// After the text.
+    #[default]
+    Right,
+}
+
+/// Special tokens by role and the other settings of a tokenizer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TokenizerConfig {
+    /// Text of each special token by role (`bos_token`, …).
+    pub special_tokens: IndexMap<String, String>,
+    /// Further special tokens without a role.
+    pub extra_special_tokens: Vec<String>,
+    /// Whether BOS comes first, if the model says so; it overrides `tokenizer.json`.
+    pub add_bos_token: Option<bool>,
+    /// Whether EOS comes last, if the model says so; it overrides `tokenizer.json`.
+    pub add_eos_token: Option<bool>,
+    /// The longest input in tokens, if there is a limit.
+    pub model_max_length: Option<usize>,
+    /// Where batches are padded.
+    pub padding_side: PaddingSide,
+    /// Whether decoding takes out spaces before punctuation (never with BPE).
+    pub clean_up_tokenization_spaces: bool,
+    /// Class name of the tokenizer in Python, for what its default settings are.
+    pub tokenizer_class: Option<String>,
+    /// Tokens that the configuration adds, by id.
+    added: Vec<(u32, AddedToken)>,
+}
+
+/// Roles with a meaning of their own, in the order that Python lists them.
+const ROLES: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+impl TokenizerConfig {
+    /// Reads both files; what is in neither keeps its default.
+    pub(super) fn read(files: &ModelFiles) -> Result<Self> {
+        let json: Map<String, Value> = files.json("tokenizer_config.json")?.unwrap_or_default();
+        let map: Map<String, Value> = files.json("special_tokens_map.json")?.unwrap_or_default();
+        let flag = |name: &str| json.get(name).and_then(Value::as_bool);
+        let mut config = Self {
+            add_bos_token: flag("add_bos_token"),
+            add_eos_token: flag("add_eos_token"),
+            // Python writes 1e30 for "no limit".
+            model_max_length: json
+                .get("model_max_length")
+                .and_then(Value::as_u64)
+                .and_then(|length| usize::try_from(length).ok()),
+            padding_side: match json.get("padding_side").and_then(Value::as_str) {
+                Some("left") => PaddingSide::Left,
+                _ => PaddingSide::Right,
+            },
+            clean_up_tokenization_spaces: flag("clean_up_tokenization_spaces").unwrap_or(false),
+            tokenizer_class: json
+                .get("tokenizer_class")
+                .and_then(Value::as_str)
+                .map(str::to_owned),
+            ..Self::default()
+        };
+        for role in ROLES {
+            if let Some(token) = json.get(role).or_else(|| map.get(role)).and_then(content) {
+                config.special_tokens.insert(role.to_owned(), token);
+            }
+        }
+        let extra = ["extra_special_tokens", "additional_special_tokens"]
+            .iter()
+            .find_map(|name| json.get(*name).or_else(|| map.get(*name)));
+        match extra {
+            Some(Value::Array(tokens)) => config
+                .extra_special_tokens
+                .extend(tokens.iter().filter_map(content)),
+            // By role: `{"image_token": "<image>"}`.
+            Some(Value::Object(tokens)) => config.special_tokens.extend(
+                tokens
+                    .iter()
+                    .filter_map(|(role, token)| Some((role.clone(), content(token)?))),
+            ),
+            _ => {}
+        }
+        // Roles of the model's own, as multimodal models have them.
+        for (role, token) in &json {
+            if role.ends_with("_token")
+                && !role.starts_with("add_")
+                && !config.special_tokens.contains_key(role)
+            {
+                if let Some(token) = content(token) {
+                    config.special_tokens.insert(role.clone(), token);
+                }
+            }
+        }
+        if let Some(added) = json.get("added_tokens_decoder").and_then(Value::as_object) {
+            config.added = added
+                .iter()
+                .filter_map(|(id, token)| Some((id.parse().ok()?, added_token(token)?)))
+                .collect();
+            config.added.sort_by_key(|(id, _)| *id);
+        }
+        Ok(config)
+    }
+
+    /// Tokens that the configuration adds, by id.
+    pub(super) fn added(&self) -> &[(u32, AddedToken)] {
+        &self.added
+    }
+
+    /// Sets a role that no file names.
+    pub(super) fn default_token(&mut self, role: &str, token: impl Into<String>) {
+        self.special_tokens
+            .entry(role.to_owned())
+            .or_insert_with(|| token.into());
+    }
+
+    /// Adds the tokens that the configuration names and the tokenizer lacks, and what it puts around texts.
+    pub(super) fn apply(&mut self, tokenizer: &mut Tokenizer, file: &str) -> Result<()> {
+        let known: std::collections::HashSet<String> = tokenizer
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .values()
+            .map(|token| token.content.clone())
+            .collect();
+        let mut missing: Vec<AddedToken> = self
+            .added
+            .iter()
+            .filter(|(_, token)| !known.contains(&token.content))
+            .map(|(_, token)| token.clone())
+            .collect();
+        for token in self.special_tokens.values().chain(&self.extra_special_tokens) {
+            if !known.contains(token) && !missing.iter().any(|other| other.content == *token) {
+                missing.push(AddedToken::from(token.clone(), true).normalized(false));
+            }
+        }
+        if !missing.is_empty() {
+            assemble::add(tokenizer, file, missing)?;
+        }
+        if self.add_bos_token.is_some() || self.add_eos_token.is_some() {
+            let wanted = |flag: Option<bool>, role: &str| {
+                flag.unwrap_or(false)
+                    .then(|| self.special_tokens.get(role).map(String::as_str))
+                    .flatten()
+            };
+            let bos = wanted(self.add_bos_token, "bos_token");
+            let eos = wanted(self.add_eos_token, "eos_token");
+            assemble::surround(tokenizer, file, bos, eos)?;
+        }
+        Ok(())
+    }
+}
+
+/// The text of a token, given plain or as an object.
+fn content(token: &Value) -> Option<String> {
+    token
+        .as_str()
+        .or_else(|| token.get("content")?.as_str())
+        .map(str::to_owned)
+}
+
+fn added_token(token: &Value) -> Option<AddedToken> {
+    let flag = |name: &str| token.get(name).and_then(Value::as_bool).unwrap_or(false);
+    Some(
+        AddedToken::from(content(token)?, flag("special"))
+            .normalized(flag("normalized"))
+            .lstrip(flag("lstrip"))
+            .rstrip(flag("rstrip"))
+            .single_word(flag("single_word")),
+    )
+}
