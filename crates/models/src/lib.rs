@@ -14,7 +14,10 @@ pub mod error;
 pub mod gguf;
 pub mod registry;
 
+pub mod cohere;
 pub mod llama;
+pub mod olmo2;
+pub mod phi3;
 
 pub use auto::{AutoConfig, AutoModelForCausalLM};
 pub use error::Error;

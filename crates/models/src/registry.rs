@@ -84,6 +84,12 @@ macro_rules! architectures {
 }
 
 architectures! {
+    /// Command R.
+    Cohere(cohere) = "cohere";
     /// Llama.
     Llama(llama) = "llama";
+    /// OLMo 2.
+    Olmo2(olmo2) = "olmo2";
+    /// Phi-3 and Phi-4.
+    Phi3(phi3) = "phi3";
 }

@@ -6,7 +6,7 @@ use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Bool, Tensor};
 
 use crate::context::Mask;
-use crate::{Context, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
+use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
 
 /// Numbers and switches of an attention layer.
 #[derive(Debug, Clone)]
@@ -51,6 +51,23 @@ impl AttentionConfig {
             rope: None,
             clip_qkv: None,
         }
+    }
+
+    /// Checks that there are heads, and that each key/value head serves a whole number of them.
+    ///
+    /// # Errors
+    /// Names the field of the configuration that does not fit.
+    pub fn check(&self) -> Result<()> {
+        let (heads, kv_heads) = (self.num_heads, self.num_kv_heads);
+        if heads == 0 || self.head_dim == 0 {
+            let message = format!("{heads} heads of width {} attend to nothing", self.head_dim);
+            return Err(Error::config("num_attention_heads", message));
+        }
+        if kv_heads == 0 || heads % kv_heads != 0 {
+            let message = format!("{kv_heads} key/value heads cannot be shared by {heads} heads");
+            return Err(Error::config("num_key_value_heads", message));
+        }
+        Ok(())
     }
 }
 
@@ -158,6 +175,7 @@ impl Attention {
     }
 
     fn with_projection(w: &Weights, qkv: Projection, o: &str, config: AttentionConfig) -> Result<Self> {
+        config.check()?;
         let width = config.num_heads * config.head_dim;
         let o_proj = Linear::load(&w.pp(o), width, config.hidden_size, config.out_bias)?;
         Ok(Self::new(qkv, o_proj, config))
