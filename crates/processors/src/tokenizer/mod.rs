@@ -24,6 +24,7 @@ mod tiktoken;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
+use tokenizers::DecoderWrapper;
 use tokenizers::models::ModelWrapper;
 
 pub use config::{PaddingSide, TokenizerConfig};
@@ -229,6 +230,34 @@ impl Tokenizer {
     /// The text of a token in the vocabulary (bytes in the vocabulary's own spelling).
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.backend.id_to_token(id)
+    }
+
+    /// The bytes that a token stands for within a text; of special tokens, those of their names.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = self.id_to_token(id)?;
+        if self
+            .inner
+            .backend
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .contains_key(&id)
+        {
+            return Some(token.into_bytes());
+        }
+        Some(
+            match (self.inner.backend.get_decoder(), self.inner.backend.get_model()) {
+                (Some(DecoderWrapper::ByteLevel(_)), _) => bytes::unspell(&token),
+                (_, ModelWrapper::WordPiece(_)) => match token.strip_prefix("##") {
+                    Some(rest) => rest.as_bytes().to_vec(),
+                    None => format!(" {token}").into_bytes(),
+                },
+                _ => match bytes::byte_token(&token) {
+                    Some(byte) => vec![byte],
+                    // SentencePiece's spelling of a space.
+                    None => token.replace('\u{2581}', " ").into_bytes(),
+                },
+            },
+        )
     }
 
     /// Number of tokens, added ones included. A model's embedding may have more rows.

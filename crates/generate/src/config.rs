@@ -1,0 +1,451 @@
+//! How text is generated: `generation_config.json`.
+
+use oxiformers_hub::ModelFiles;
+use oxiformers_nn::CacheKind;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// The fields of Transformers' `GenerationConfig` that apply to decoding text, with its names and defaults, and
+/// `presence_penalty`, `frequency_penalty` and `seed` beside them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GenerationConfig {
+    /// Longest sequence in tokens, the prompt included; `max_new_tokens` goes before it.
+    pub max_length: Option<usize>,
+    /// Most new tokens. Without it and `max_length`: 20.
+    pub max_new_tokens: Option<usize>,
+    /// Shortest sequence in tokens, the prompt included.
+    pub min_length: usize,
+    /// Fewest new tokens; it goes before `min_length`.
+    pub min_new_tokens: Option<usize>,
+    /// When beam search stops.
+    pub early_stopping: EarlyStopping,
+    /// Most seconds to spend.
+    pub max_time: Option<f64>,
+    /// Texts that end the answer where they appear.
+    #[serde(deserialize_with = "one_or_more")]
+    pub stop_strings: Vec<String>,
+    /// Draw tokens instead of taking the likeliest.
+    pub do_sample: bool,
+    /// Number of beams; 1 is no beam search.
+    pub num_beams: usize,
+    /// Sequences to return for each prompt.
+    pub num_return_sequences: usize,
+    /// `static` keeps room for the longest sequence from the start; otherwise the cache grows.
+    pub cache_implementation: Option<String>,
+    /// Tokens of the prompt to run at a time.
+    pub prefill_chunk_size: Option<usize>,
+    /// Divisor of the logits.
+    pub temperature: f64,
+    /// Draw among so many of the likeliest tokens; 0 is all.
+    pub top_k: usize,
+    /// Draw among the likeliest tokens that together have this probability.
+    pub top_p: f64,
+    /// Draw among tokens at least this fraction as likely as the likeliest.
+    pub min_p: Option<f64>,
+    /// Draw among the likeliest tokens that together have this fraction of the entropy.
+    pub top_h: Option<f64>,
+    /// Draw among the tokens nearest to the expected information that together have this probability.
+    pub typical_p: f64,
+    /// Draw among tokens at least this likely.
+    pub epsilon_cutoff: f64,
+    /// As `epsilon_cutoff`, lower where the distribution is flat.
+    pub eta_cutoff: f64,
+    /// Divides (multiplies, where negative) the logits of tokens that the sequence holds already.
+    pub repetition_penalty: f64,
+    /// The same upside down: above 1 it favours tokens of the prompt.
+    pub encoder_repetition_penalty: f64,
+    /// Taken from the logits of tokens that were generated already.
+    pub presence_penalty: f64,
+    /// Taken from the logits of generated tokens for each time that they were.
+    pub frequency_penalty: f64,
+    /// Exponent of the length by which beam scores are divided.
+    pub length_penalty: f64,
+    /// No n-gram of this length appears twice.
+    pub no_repeat_ngram_size: usize,
+    /// No n-gram of this length of the prompt is generated.
+    pub encoder_no_repeat_ngram_size: usize,
+    /// Sequences of tokens that are never generated.
+    pub bad_words_ids: Vec<Vec<u32>>,
+    /// What is added to the logit of the last token of a sequence, once the others stand before it.
+    #[serde(deserialize_with = "sequence_bias")]
+    pub sequence_bias: Vec<(Vec<u32>, f64)>,
+    /// Give processed scores as normalized log-probabilities.
+    pub renormalize_logits: bool,
+    /// The token that must come first.
+    pub forced_bos_token_id: Option<u32>,
+    /// The tokens one of which must come when the length is used up.
+    #[serde(deserialize_with = "one_or_more")]
+    pub forced_eos_token_id: Vec<u32>,
+    /// Replace NaN and infinite logits.
+    pub remove_invalid_values: bool,
+    /// After so many new tokens, the chance to end grows by this factor with each.
+    pub exponential_decay_length_penalty: Option<(usize, f64)>,
+    /// Tokens that are never generated.
+    pub suppress_tokens: Vec<u32>,
+    /// Tokens that are not generated first.
+    pub begin_suppress_tokens: Vec<u32>,
+    /// Keep the scores of every step, after all processors.
+    pub output_scores: bool,
+    /// Keep the logits of every step, before all processors.
+    pub output_logits: bool,
+    /// Token that fills shorter sequences.
+    pub pad_token_id: Option<u32>,
+    /// Token that begins sequences.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end sequences.
+    #[serde(deserialize_with = "one_or_more")]
+    pub eos_token_id: Vec<u32>,
+    /// Tokens to draft at a time.
+    pub num_assistant_tokens: usize,
+    /// `constant`, or `heuristic`: two more after all drafts were right, else one fewer.
+    pub num_assistant_tokens_schedule: String,
+    /// The draft ends with a token that the assistant gives less than this probability.
+    pub assistant_confidence_threshold: f64,
+    /// Draft by looking up so many of the last tokens earlier in the text.
+    pub prompt_lookup_num_tokens: Option<usize>,
+    /// Longest n-gram to look up.
+    pub max_matching_ngram_size: Option<usize>,
+    /// Makes draws reproducible.
+    pub seed: Option<u64>,
+}
+
+/// When beam search stops.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum EarlyStopping {
+    /// When a better sequence is unlikely.
+    #[default]
+    Heuristic,
+    /// As soon as there are as many finished sequences as beams.
+    Always,
+    /// When there cannot be a better sequence.
+    Never,
+}
+
+impl Default for GenerationConfig {
+    fn default() -> Self {
+        Self {
+            max_length: None,
+            max_new_tokens: None,
+            min_length: 0,
+            min_new_tokens: None,
+            early_stopping: EarlyStopping::Heuristic,
+            max_time: None,
+            stop_strings: Vec::new(),
+            do_sample: false,
+            num_beams: 1,
+            num_return_sequences: 1,
+            cache_implementation: None,
+            prefill_chunk_size: None,
+            temperature: 1.0,
+            top_k: 50,
+            top_p: 1.0,
+            min_p: None,
+            top_h: None,
+            typical_p: 1.0,
+            epsilon_cutoff: 0.0,
+            eta_cutoff: 0.0,
+            repetition_penalty: 1.0,
+            encoder_repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            length_penalty: 1.0,
+            no_repeat_ngram_size: 0,
+            encoder_no_repeat_ngram_size: 0,
+            bad_words_ids: Vec::new(),
+            sequence_bias: Vec::new(),
+            renormalize_logits: false,
+            forced_bos_token_id: None,
+            forced_eos_token_id: Vec::new(),
+            remove_invalid_values: false,
+            exponential_decay_length_penalty: None,
+            suppress_tokens: Vec::new(),
+            begin_suppress_tokens: Vec::new(),
+            output_scores: false,
+            output_logits: false,
+            pad_token_id: None,
+            bos_token_id: None,
+            eos_token_id: Vec::new(),
+            num_assistant_tokens: 20,
+            num_assistant_tokens_schedule: "constant".to_string(),
+            assistant_confidence_threshold: 0.4,
+            prompt_lookup_num_tokens: None,
+            max_matching_ngram_size: None,
+            seed: None,
+        }
+    }
+}
+
+/// Fields that change what is generated, that we do not follow, and the value that means nothing.
+const UNSUPPORTED: [(&str, Value); 8] = [
+    ("guidance_scale", Value::Null),
+    ("watermarking_config", Value::Null),
+    ("penalty_alpha", Value::Null),
+    ("dola_layers", Value::Null),
+    ("constraints", Value::Null),
+    ("force_words_ids", Value::Null),
+    ("token_healing", Value::Bool(false)),
+    ("low_memory", Value::Null),
+];
+
+impl GenerationConfig {
+    /// Reads `generation_config.json`, else the same fields of an old `config.json`; the defaults where a model
+    /// has neither.
+    ///
+    /// # Errors
+    /// Where a file cannot be read, or a field does not fit.
+    pub fn from_files(files: &ModelFiles) -> Result<Self> {
+        for name in ["generation_config.json", "config.json"] {
+            if let Some(json) = files.json::<Map<String, Value>>(name)? {
+                return Self::from_json(json, &files.describe(name));
+            }
+        }
+        Ok(Self::default())
+    }
+
+    /// Reads the contents of a `generation_config.json`; `file` is its name in messages.
+    ///
+    /// # Errors
+    /// Where a field does not fit.
+    pub fn from_json(mut json: Map<String, Value>, file: &str) -> Result<Self> {
+        // Fields written as null mean their default.
+        json.retain(|_, value| !value.is_null());
+        for (field, nothing) in UNSUPPORTED {
+            if json.get(field).is_some_and(|value| *value != nothing) {
+                tracing::warn!("{file}: `{field}` is not supported and has no effect");
+            }
+        }
+        let config: Self =
+            serde_json::from_value(Value::Object(json)).map_err(|source| oxiformers_hub::Error::Json {
+                file: file.to_string(),
+                source,
+            })?;
+        Ok(config)
+    }
+
+    /// Always the likeliest token.
+    #[must_use]
+    pub fn greedy(mut self) -> Self {
+        self.do_sample = false;
+        self
+    }
+
+    /// Checks that the fields make sense together.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field and what to do.
+    pub fn validate(&self) -> Result<()> {
+        let within = |field, value: f64, low: f64, high: f64| {
+            if value >= low && value <= high {
+                return Ok(());
+            }
+            Err(Error::config(
+                field,
+                format!("is {value}; it must be between {low} and {high}"),
+            ))
+        };
+        if !(self.temperature > 0.0 && self.temperature.is_finite()) {
+            let message = format!(
+                "is {}; it must be above 0: for greedy decoding turn `do_sample` off",
+                self.temperature
+            );
+            return Err(Error::config("temperature", message));
+        }
+        within("top_p", self.top_p, 0.0, 1.0)?;
+        within("min_p", self.min_p.unwrap_or(0.0), 0.0, 1.0)?;
+        within("top_h", self.top_h.unwrap_or(1.0), f64::MIN_POSITIVE, 1.0)?;
+        within("typical_p", self.typical_p, f64::MIN_POSITIVE, 1.0)?;
+        within("epsilon_cutoff", self.epsilon_cutoff, 0.0, 1.0)?;
+        within("eta_cutoff", self.eta_cutoff, 0.0, 1.0)?;
+        within("presence_penalty", self.presence_penalty, -100.0, 100.0)?;
+        within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)?;
+        for (field, penalty) in [
+            ("repetition_penalty", self.repetition_penalty),
+            ("encoder_repetition_penalty", self.encoder_repetition_penalty),
+        ] {
+            within(field, penalty, f64::MIN_POSITIVE, f64::MAX)?;
+        }
+        if self
+            .max_time
+            .is_some_and(|seconds| seconds.is_nan() || seconds < 0.0)
+        {
+            return Err(Error::config("max_time", "must be a number of seconds"));
+        }
+        if self.num_beams == 0 {
+            return Err(Error::config("num_beams", "is 0; 1 is no beam search"));
+        }
+        if self.num_return_sequences == 0 {
+            return Err(Error::config("num_return_sequences", "is 0"));
+        }
+        if self.num_beams > 1 && self.num_return_sequences > self.num_beams {
+            return Err(Error::config(
+                "num_return_sequences",
+                "must not be above `num_beams`",
+            ));
+        }
+        if self.num_beams == 1 && self.num_return_sequences > 1 && !self.do_sample {
+            let message =
+                "is above 1, and greedy decoding has one answer: turn `do_sample` on or use `num_beams`";
+            return Err(Error::config("num_return_sequences", message));
+        }
+        if self.stop_strings.iter().any(String::is_empty) {
+            return Err(Error::config(
+                "stop_strings",
+                "has an empty text, which is everywhere",
+            ));
+        }
+        if self.bad_words_ids.iter().any(Vec::is_empty)
+            || self.sequence_bias.iter().any(|(ids, _)| ids.is_empty())
+        {
+            let field = if self.bad_words_ids.iter().any(Vec::is_empty) {
+                "bad_words_ids"
+            } else {
+                "sequence_bias"
+            };
+            return Err(Error::config(field, "has an empty sequence"));
+        }
+        self.cache_kind(0).map(|_| ())
+    }
+
+    /// Most new tokens after a prompt of `prompt_len` tokens, for a model that takes `max_positions`.
+    pub fn new_token_limit(&self, prompt_len: usize, max_positions: Option<usize>) -> usize {
+        let limit = match (self.max_new_tokens, self.max_length) {
+            (Some(new), _) => new,
+            (None, Some(all)) => all.saturating_sub(prompt_len),
+            (None, None) => 20,
+        };
+        match max_positions {
+            Some(positions) => limit.min(positions.saturating_sub(prompt_len)),
+            None => limit,
+        }
+    }
+
+    /// The cache for sequences of `max_len` tokens.
+    ///
+    /// # Errors
+    /// For an implementation that does not exist here.
+    pub fn cache_kind(&self, max_len: usize) -> Result<CacheKind> {
+        match self.cache_implementation.as_deref() {
+            None | Some("dynamic" | "hybrid" | "sliding_window") => Ok(CacheKind::Dynamic),
+            Some("static") => Ok(CacheKind::Static { max_len }),
+            Some(other) => Err(Error::config(
+                "cache_implementation",
+                format!("is \"{other}\"; use \"dynamic\" or \"static\""),
+            )),
+        }
+    }
+}
+
+impl Serialize for EarlyStopping {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Self::Heuristic => serializer.serialize_bool(false),
+            Self::Always => serializer.serialize_bool(true),
+            Self::Never => serializer.serialize_str("never"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for EarlyStopping {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::Bool(false) => Ok(Self::Heuristic),
+            Value::Bool(true) => Ok(Self::Always),
+            Value::String(text) if text == "never" => Ok(Self::Never),
+            other => Err(serde::de::Error::custom(format!(
+                "early_stopping is {other}; use true, false or \"never\""
+            ))),
+        }
+    }
+}
+
+fn one_or_more<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    d: D,
+) -> std::result::Result<Vec<T>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMore<T> {
+        One(T),
+        More(Vec<T>),
+    }
+    Ok(match OneOrMore::deserialize(d)? {
+        OneOrMore::One(one) => vec![one],
+        OneOrMore::More(all) => all,
+    })
+}
+
+/// `[[[ids…], bias], …]`; integers are fine as biases.
+fn sequence_bias<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Vec<(Vec<u32>, f64)>, D::Error> {
+    Vec::<(Vec<u32>, f64)>::deserialize(d)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(json: Value) -> Result<GenerationConfig> {
+        GenerationConfig::from_json(json.as_object().cloned().unwrap(), "generation_config.json")
+    }
+
+    #[test]
+    fn fields_as_models_write_them() {
+        let config = read(json!({
+            "eos_token_id": [1, 2], "top_p": 0.9, "do_sample": true, "temperature": null, "early_stopping": "never",
+            "stop_strings": "###", "sequence_bias": [[[5, 6], -2.0]], "transformers_version": "5.23.0",
+            "exponential_decay_length_penalty": [3, 1.5],
+        }))
+        .unwrap();
+        assert_eq!(config.eos_token_id, [1, 2]);
+        assert_eq!((config.top_p, config.temperature, config.top_k), (0.9, 1.0, 50));
+        assert_eq!(config.early_stopping, EarlyStopping::Never);
+        assert_eq!(config.stop_strings, ["###"]);
+        assert_eq!(config.sequence_bias, [(vec![5, 6], -2.0)]);
+        assert_eq!(config.exponential_decay_length_penalty, Some((3, 1.5)));
+        assert_eq!(read(json!({"eos_token_id": 7})).unwrap().eos_token_id, [7]);
+        let written = serde_json::to_value(&config).unwrap();
+        assert_eq!(read(written).unwrap(), config);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named() {
+        let fails = |json: Value, field: &str| {
+            let error = read(json)
+                .and_then(|config| config.validate())
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(field), "{error}");
+        };
+        fails(json!({"temperature": 0.0}), "do_sample");
+        fails(json!({"top_p": 1.5}), "top_p");
+        fails(json!({"num_beams": 0}), "num_beams");
+        fails(json!({"num_return_sequences": 2}), "num_return_sequences");
+        fails(json!({"stop_strings": [""]}), "stop_strings");
+        fails(json!({"bad_words_ids": [[]]}), "bad_words_ids");
+        fails(json!({"cache_implementation": "quantum"}), "cache_implementation");
+        fails(json!({"repetition_penalty": 0.0}), "repetition_penalty");
+        fails(json!({"eos_token_id": "x"}), "generation_config.json");
+        GenerationConfig::default().validate().unwrap();
+    }
+
+    #[test]
+    fn lengths() {
+        let config = GenerationConfig::default();
+        assert_eq!(config.new_token_limit(5, None), 20);
+        assert_eq!(config.new_token_limit(5, Some(12)), 7);
+        let config = GenerationConfig {
+            max_length: Some(30),
+            ..config
+        };
+        assert_eq!(config.new_token_limit(5, None), 25);
+        assert_eq!(config.new_token_limit(50, None), 0);
+        let config = GenerationConfig {
+            max_new_tokens: Some(3),
+            ..config
+        };
+        assert_eq!(config.new_token_limit(50, None), 3);
+    }
+}
