@@ -15,6 +15,7 @@ pub mod gguf;
 pub mod registry;
 
 pub mod cohere;
+pub mod deepseek_v3;
 pub mod llama;
 pub mod olmo2;
 pub mod phi3;

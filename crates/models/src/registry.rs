@@ -86,6 +86,8 @@ macro_rules! architectures {
 architectures! {
     /// Command R.
     Cohere(cohere) = "cohere";
+    /// DeepSeek-V3 and R1.
+    DeepseekV3(deepseek_v3) = "deepseek_v3";
     /// Llama.
     Llama(llama) = "llama";
     /// OLMo 2.

@@ -11,6 +11,7 @@ pub mod context;
 pub mod decoder;
 pub mod embedding;
 pub mod error;
+pub mod latent;
 pub mod linear;
 pub mod mlp;
 pub mod moe;
