@@ -1,7 +1,6 @@
 //! The template environment of Transformers: Jinja2's immutable sandbox, on minijinja.
 
 use std::collections::BTreeMap;
-use std::error::Error as _;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -123,15 +122,32 @@ pub(super) fn render(
     })
 }
 
-/// The message of an error with its line.
+/// What an error and its causes say, with the line of the innermost template error.
 pub(super) fn describe(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
+    let mut text = String::new();
+    let mut line = None;
+    let mut cause = Some(error as &dyn std::error::Error);
+    while let Some(error) = cause {
+        if !text.is_empty() {
+            text.push_str(": ");
+        }
+        match error.downcast_ref::<Error>() {
+            Some(error) => {
+                text.push_str(&error.kind().to_string());
+                if let Some(detail) = error.detail() {
+                    text.push_str(": ");
+                    text.push_str(detail);
+                }
+                line = error.line().or(line);
+            }
+            None => text.push_str(&error.to_string()),
+        }
+        cause = error.source();
     }
-    text
+    match line {
+        Some(line) => format!("{text} (line {line})"),
+        None => text,
+    }
 }
 
 /// A template value of plain JSON, keys in their order.
