@@ -16,6 +16,7 @@ pub mod registry;
 
 pub mod cohere;
 pub mod deepseek_v3;
+pub mod gpt_oss;
 pub mod llama;
 pub mod olmo2;
 pub mod phi3;

@@ -88,6 +88,8 @@ architectures! {
     Cohere(cohere) = "cohere";
     /// DeepSeek-V3 and R1.
     DeepseekV3(deepseek_v3) = "deepseek_v3";
+    /// gpt-oss.
+    GptOss(gpt_oss) = "gpt_oss";
     /// Llama.
     Llama(llama) = "llama";
     /// OLMo 2.

@@ -215,6 +215,24 @@ impl Weights {
             .collect()
     }
 
+    /// A stored tensor as it is, for forms that only one architecture has; its shape is checked.
+    ///
+    /// # Errors
+    /// Where it is not stored (fresh parameters are not, either), or has another shape.
+    pub fn view(&self, name: &str, shape: &[usize]) -> Result<TensorView> {
+        let full = self.full(name);
+        self.take(&full, shape)?.ok_or(Error::MissingTensor {
+            origin: "fresh parameters".to_string(),
+            name: full,
+        })
+    }
+
+    /// A matrix made of stored values, kept packed where the device can multiply with it so. `name` is what
+    /// the parameter is called here.
+    pub fn matrix_of(&self, name: &str, view: TensorView) -> Result<Matrix> {
+        self.matrix_from(self.full(name), view)
+    }
+
     /// Marks stored tensors as known, though nothing is made of them.
     pub fn ignore(&self, known: impl Fn(&str) -> bool) {
         if let Some(source) = &self.shared.source {
