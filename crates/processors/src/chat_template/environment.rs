@@ -1,4 +1,8 @@
 //! The template environment of Transformers: Jinja2's immutable sandbox, on minijinja.
+//!
+//! Where it still differs from Python: no `%` on strings (the `format` filter is there), no `truncate` and
+//! `urlencode` filters, values of different types are ordered instead of refused, and floats beyond 1e16 are
+//! written out in full inside containers and by `~`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,18 +11,20 @@ use std::sync::{Arc, Mutex};
 
 use chrono::NaiveDateTime;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Object, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Object, Rest, Value, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, functions};
 use serde_json::Map;
 
 use super::generation::{self, Progress};
-use super::{json, strftime};
+use super::{json, methods, strftime};
 use crate::Error as CrateError;
 
 /// Instructions, and 64 bytes of produced data each, that one rendering may cost beside its input.
 const FUEL: u64 = 8_000_000;
 /// Longest text that a template may write beyond 16 times its input.
 const MAX_OUTPUT: usize = 32 << 20;
+/// Name of the filter around the values of a loop.
+pub(super) const ITERABLE: &str = "__iterable__";
 /// Nesting of macro calls and loops.
 const RECURSION: usize = 100;
 
@@ -47,8 +53,27 @@ pub(super) fn new() -> Environment<'static> {
     env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_recursion_limit(RECURSION);
     env.set_formatter(print);
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.set_unknown_method_callback(methods::call);
     env.add_filter("tojson", json::tojson);
+    env.add_filter(ITERABLE, iterable);
+    env.add_filter("wordcount", minijinja_contrib::filters::wordcount);
+    env.add_test("iterable", |value: &Value| {
+        value.is_undefined() || (!value.is_none() && value.try_iter().is_ok())
+    });
+    env.add_test("callable", |value: &Value| {
+        value.is_undefined() || (value.kind() == ValueKind::Plain && value.as_object().is_some())
+    });
+    env.add_test("sequence", |value: &Value| {
+        let kind = value.kind();
+        matches!(
+            kind,
+            ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map
+        )
+    });
+    env.add_function("cycler", |items: Rest<Value>| {
+        minijinja_contrib::globals::cycler(items.0)
+    });
+    env.add_function("joiner", minijinja_contrib::globals::joiner);
     env.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
         let message = message.to_string();
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
@@ -218,6 +243,16 @@ fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error
     }
 }
 
+/// What a loop goes over: anything that Python can iterate.
+fn iterable(value: Value) -> Result<Value, Error> {
+    if value.is_none() {
+        return Err(Error::new(ErrorKind::InvalidOperation, "none is not iterable"));
+    }
+    // A list of characters has a length, and so has the loop.
+    let characters = |text: &str| text.chars().map(Value::from).collect();
+    Ok(value.as_str().map(characters).unwrap_or(value))
+}
+
 /// `namespace(…)`, which takes no name with a leading underscore.
 fn namespace(defaults: Option<minijinja::value::ValueOrKwargs>) -> Result<Value, Error> {
     let namespace = functions::namespace(defaults)?;
@@ -254,7 +289,7 @@ impl Object for Dict {
         for key in kwargs.args() {
             map.insert(Value::from(key), kwargs.get(key)?);
         }
-        Ok(map.into_iter().collect())
+        Ok(Value::from_pairs(map))
     }
 
     fn call_method(
@@ -267,7 +302,9 @@ impl Object for Dict {
             "fromkeys" => {
                 let (keys, value): (Value, Option<Value>) = from_args(args)?;
                 let value = value.unwrap_or(Value::from(()));
-                Ok(keys.try_iter()?.map(|key| (key, value.clone())).collect())
+                Ok(Value::from_pairs(
+                    keys.try_iter()?.map(|key| (key, value.clone())),
+                ))
             }
             _ => Err(Error::from(ErrorKind::UnknownMethod)),
         }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind, State};
 
 /// Nesting of a value; Python's own recursion limit is near 1000.
@@ -11,9 +11,10 @@ const MAX_DEPTH: usize = 256;
 const MAX_LEN: usize = 32 << 20;
 
 /// `json.dumps(value, ensure_ascii, indent, separators, sort_keys)`.
-pub(super) fn tojson(state: &State, value: Value, arguments: Rest<Value>) -> Result<Value, Error> {
+pub(super) fn tojson(state: &State, value: Value, arguments: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     type Arguments = (Option<Value>, Option<Value>, Option<Value>, Option<Value>, Kwargs);
-    let (ensure_ascii, indent, separators, sort_keys, kwargs): Arguments = from_args(&arguments)?;
+    let (ensure_ascii, indent, separators, sort_keys, kwargs): Arguments =
+        from_args(&arguments.into_values())?;
     let argument = |name, given: Option<Value>| -> Result<Option<Value>, Error> {
         let value = match given {
             Some(value) => Some(value),

@@ -18,6 +18,8 @@ mod files;
 mod generation;
 mod json;
 mod message;
+mod methods;
+mod rewrite;
 mod sanitize;
 mod strftime;
 
@@ -138,7 +140,7 @@ impl ChatTemplate {
                 name: name.clone(),
                 message,
             };
-            let rewritten = generation::rewrite(&source).map_err(syntax)?;
+            let rewritten = rewrite::rewrite(&source).map_err(syntax)?;
             env.add_template_owned(name.clone(), rewritten)
                 .map_err(|error| syntax(environment::describe(&error)))?;
             sources.insert(name, source);

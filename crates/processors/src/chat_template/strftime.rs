@@ -19,7 +19,8 @@ pub(super) fn strftime(now: NaiveDateTime, format: &str) -> Option<String> {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
         let letter_at = rest[1..].find(|c| !"-_0^#".contains(c)).map(|flags| 1 + flags);
-        let Some((letter_at, letter)) = letter_at.and_then(|at| Some((at, rest[at..].chars().next()?))) else {
+        let Some((letter_at, letter)) = letter_at.and_then(|at| Some((at, rest[at..].chars().next()?)))
+        else {
             break;
         };
         let flags = &rest[1..letter_at];
@@ -30,7 +31,11 @@ pub(super) fn strftime(now: NaiveDateTime, format: &str) -> Option<String> {
             'z' | 'Z' => String::new(),
             letter if NUMBERS.contains(letter) => {
                 let padding = flags.chars().rfind(|flag| "-_0".contains(*flag));
-                let plain = ["%".into(), padding.map_or(String::new(), String::from), letter.into()];
+                let plain = [
+                    "%".into(),
+                    padding.map_or(String::new(), String::from),
+                    letter.into(),
+                ];
                 written(now, &plain.concat())?
             }
             letter if TEXTS.contains(letter) => written(now, &format!("%{letter}"))?,
