@@ -5,15 +5,17 @@
 //! - `{% set ns.x = … %}` in a macro or call block does not capture `ns`: naming it in a tag before does.
 //! - `{% for x in none %}` is an error in Python and an empty loop in minijinja: `none` is refused by a filter.
 //!
-//! Only the words inside the tags change, which leaves whitespace control and line numbers as they were.
+//! Besides, all line ends become `\n`, as in Jinja2. Of the tags only the words change, which leaves whitespace
+//! control and line numbers as they were.
 
 use super::environment::ITERABLE;
 use super::generation::FUNCTION;
 
-/// Rewrites the tags of a template; everything else stays byte by byte.
+/// Rewrites the tags and line ends of a template; everything else stays byte by byte.
 pub(super) fn rewrite(source: &str) -> Result<String, String> {
+    let source = &source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
+    let mut rest = source.as_str();
     while let Some(at) = rest.find('{') {
         let (before, tag) = rest.split_at(at);
         out.push_str(before);
