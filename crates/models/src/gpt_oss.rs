@@ -72,20 +72,19 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Each layer's sliding window.
-    fn windows(&self) -> Result<Vec<Option<usize>>> {
-        let count = self.num_hidden_layers;
-        let slides = |sliding: bool| sliding.then_some(self.sliding_window);
-        match &self.layer_types {
-            Some(types) if types.len() == count => {
-                Ok(types.iter().map(|ty| slides(ty == "sliding_attention")).collect())
-            }
+    /// The sliding window of layer `i`; every other layer has one where `layer_types` does not say.
+    fn window(&self, i: usize) -> Result<Option<usize>> {
+        let sliding = match &self.layer_types {
             Some(types) => {
-                let message = format!("names {} layers of {count}", types.len());
-                Err(Error::config("layer_types", message))
+                let message = || format!("names {} layers of {}", types.len(), self.num_hidden_layers);
+                types
+                    .get(i)
+                    .ok_or_else(|| Error::config("layer_types", message()))?
+                    == "sliding_attention"
             }
-            None => Ok((0..count).map(|i| slides(i % 2 == 0)).collect()),
-        }
+            None => i % 2 == 0,
+        };
+        Ok(sliding.then_some(self.sliding_window))
     }
 
     fn rope(&self) -> Result<Rope> {
@@ -227,7 +226,7 @@ impl Stored {
         let [count, rows, columns] = self.shape;
         let each = |expert| {
             let (dtype, data) = match &self.data {
-                Form::Transposed(view) => (view.dtype.clone(), self.transposed(view, expert, first, step)),
+                Form::Transposed(view) => (view.dtype, self.transposed(view, expert, first, step)),
                 Form::Mxfp4 { blocks, scales } => {
                     let runs = (columns / 32).max(1);
                     let stored = blocks
@@ -313,18 +312,20 @@ impl Architecture for Config {
             let message = format!("there are {} experts to choose from", self.num_local_experts);
             return Err(Error::config("num_experts_per_tok", message));
         }
-        let windows = self.windows()?;
+        let mut windows = Vec::new();
         let attention = AttentionConfig {
             qkv_bias: self.attention_bias,
             out_bias: self.attention_bias,
             rope: Some(self.rope()?),
             ..AttentionConfig::new(hidden, heads, self.num_key_value_heads, self.head_dim)
         };
-        let layers = windows.iter().enumerate().map(|(i, window)| {
+        let layers = (0..self.num_hidden_layers).map(|i| {
+            let window = self.window(i)?;
+            windows.push(window);
             let w = w.pp("model.layers").pp(i);
             let at = w.pp("self_attn");
             let attention = AttentionConfig {
-                window: *window,
+                window,
                 ..attention.clone()
             };
             let sinks = at.param("sinks", [heads], Init::Normal)?;

@@ -84,10 +84,9 @@ fn prefill(model: &dyn CausalLM, ids: &[Vec<i64>], cache: &mut Cache, upto: usiz
 }
 
 /// Largest differences `[prefill, decode, padded]`, and whether the greedy continuation is equal.
-fn compare(dir: &Path) -> ([f32; 3], bool) {
-    let files = ModelFiles::from_dir(dir).expect("fixture");
-    let model = AutoModelForCausalLM::from_files(&files, &LoadOptions::default())
-        .unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+fn compare(files: &ModelFiles, dir: &Path) -> ([f32; 3], bool) {
+    let model = AutoModelForCausalLM::from_files(files, &LoadOptions::default())
+        .unwrap_or_else(|error| panic!("{}: {error}", files.name()));
     let reference = Reference::open(dir);
     let vocab = model.vocab_size();
 
@@ -158,19 +157,19 @@ fn fixtures() -> Vec<PathBuf> {
     dirs
 }
 
-#[test]
-fn logits_and_greedy_ids_equal_transformers() {
+/// Compares each model with the reference in its folder.
+fn compare_all(models: impl Iterator<Item = (ModelFiles, PathBuf)>) {
     let mut failures = Vec::new();
     println!(
         "{:<28} {:>10} {:>10} {:>10}  greedy",
         "fixture", "prefill", "decode", "padded"
     );
-    for dir in fixtures() {
+    for (files, dir) in models {
         let name = dir.file_name().expect("name").to_string_lossy().into_owned();
         if std::env::var("PARITY").is_ok_and(|only| !name.contains(&only)) {
             continue;
         }
-        let (differences, greedy) = compare(&dir);
+        let (differences, greedy) = compare(&files, &dir);
         let [whole, decoded, padded] = differences;
         println!("{name:<28} {whole:>10.2e} {decoded:>10.2e} {padded:>10.2e}  {greedy}");
         if !greedy || differences.iter().any(|d| *d > TOLERANCE) {
@@ -181,6 +180,30 @@ fn logits_and_greedy_ids_equal_transformers() {
         failures.is_empty(),
         "beyond {TOLERANCE:e}, or other greedy ids: {failures:?}"
     );
+}
+
+#[test]
+fn logits_and_greedy_ids_equal_transformers() {
+    compare_all(
+        fixtures()
+            .into_iter()
+            .map(|dir| (ModelFiles::from_dir(&dir).expect("fixture"), dir)),
+    );
+}
+
+/// `fixtures/make_gguf.py` made these from the others.
+#[test]
+fn gguf_files_give_the_same() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let mut paths: Vec<_> = std::fs::read_dir(root.join("gguf"))
+        .expect("fixtures")
+        .map(|entry| entry.expect("entry").path())
+        .collect();
+    paths.sort();
+    compare_all(paths.into_iter().map(|path| {
+        let name = path.file_stem().expect("name").to_owned();
+        (ModelFiles::from_file(&path).expect("fixture"), root.join(name))
+    }));
 }
 
 #[test]

@@ -24,6 +24,11 @@ pub trait TensorSource: Send + Sync {
     fn contains(&self, name: &str) -> bool;
     /// The stored tensor.
     fn tensor(&self, name: &str) -> oxiformers_hub::Result<TensorView>;
+    /// Whether every matrix is stored as `[out_features, in_features]`, even where the original checkpoint has
+    /// it the other way round.
+    fn rows_are_outputs(&self) -> bool {
+        false
+    }
 }
 
 impl TensorSource for Checkpoint {
@@ -180,6 +185,14 @@ impl Weights {
 
     /// A matrix stored as `[in_features, out_features]`; `shape` is `[out_features, in_features]`.
     pub fn matrix_transposed(&self, name: &str, [out_features, in_features]: [usize; 2]) -> Result<Matrix> {
+        if self
+            .shared
+            .source
+            .as_ref()
+            .is_some_and(|source| source.rows_are_outputs())
+        {
+            return self.matrix(name, [out_features, in_features]);
+        }
         let values = self.param::<2>(name, [in_features, out_features], Init::Normal)?;
         let (id, tensor) = (values.id, values.val());
         // Copied once into the order that the multiplication reads.
