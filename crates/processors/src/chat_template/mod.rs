@@ -13,6 +13,7 @@
 //! # Ok::<(), oxiformers_processors::Error>(())
 //! ```
 
+mod encode;
 mod environment;
 mod files;
 mod generation;
@@ -32,6 +33,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 pub use chrono::NaiveDateTime;
+pub use encode::{EncodedChat, encode_prompt};
 pub use generation::{assistant_mask, char_to_byte_spans};
 pub use message::{Content, Message};
 pub use sanitize::{ControlTokens, Piece};
@@ -249,12 +251,20 @@ impl ChatTemplate {
 
         let progress = Arc::new(Mutex::new(generation::Progress::default()));
         let text = environment::render(&self.env, name, context, options.now, &progress)?;
-        let generation = progress
+        let mut generation = progress
             .lock()
             .map(|mut progress| std::mem::take(&mut progress.spans))
             .unwrap_or_default();
         let text = match open {
-            Some(final_text) => cut_at_tag(text, &final_text)?,
+            Some(final_text) => {
+                let text = cut_at_tag(text, &final_text)?;
+                let length = text.chars().count();
+                generation.retain(|span| span.start < length);
+                generation
+                    .iter_mut()
+                    .for_each(|span| span.end = span.end.min(length));
+                text
+            }
             None => text,
         };
         Ok(Rendered { text, generation })
