@@ -4,6 +4,7 @@
 //! Weights stay packed: all that is done to matrices is to reorder whole rows, which blocks never span.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use oxiformers_hub::checkpoint::gguf::Metadata;
@@ -264,8 +265,17 @@ fn without_nulls(value: Value) -> Value {
 pub struct Source {
     checkpoint: Checkpoint,
     heads: (usize, usize),
-    /// Hugging Face name to GGUF name and change.
-    names: HashMap<String, (String, Change)>,
+    /// By Hugging Face names.
+    names: HashMap<String, Stored>,
+}
+
+/// Where a tensor is stored, and how.
+struct Stored {
+    /// GGUF name.
+    name: String,
+    /// The rows that belong to it, where several tensors are stored as one.
+    rows: Option<Range<usize>>,
+    change: Change,
 }
 
 /// Tensors that the configuration is made of, or the tokenizer, or another that is named beside them.
@@ -294,11 +304,7 @@ impl Source {
             .tensors()
             .map(|info| info.name.as_str())
             .filter(|name| !NO_PARAMETERS.contains(name) && !name.ends_with(".attn_v_b.weight"))
-            // A tensor that no table knows keeps its name, and is reported as left over.
-            .map(|name| {
-                let renamed = hugging_face_name(arch, name).unwrap_or_else(|| name.to_string());
-                (renamed, (name.to_string(), change(arch, name)))
-            })
+            .flat_map(|name| stored_as(arch, &meta, name))
             .collect();
         Ok(Self {
             checkpoint,
@@ -311,6 +317,33 @@ impl Source {
         let view = self.checkpoint.tensor(keys)?;
         let values = self.checkpoint.tensor(&keys.replace("attn_k_b", "attn_v_b"))?;
         Ok(join_latent(&view, &values).unwrap_or(view))
+    }
+}
+
+/// The tensors that are stored as `name`, by their Hugging Face names. One that no table knows keeps its name, and
+/// is reported as left over.
+fn stored_as(arch: &Arch, meta: &Meta, name: &str) -> Vec<(String, Stored)> {
+    let stored = |part: &str, rows| Stored {
+        name: name.to_string(),
+        rows,
+        change: change(arch, part),
+    };
+    if let Some(found) = hugging_face_name(arch, name) {
+        return vec![(found, stored(name, None))];
+    }
+    // Some files hold queries, keys and values stacked where the checkpoint has them apart.
+    let (heads, kv_heads) = meta.heads();
+    let dim = meta.head_dim() as usize;
+    let mut end = 0usize;
+    let parts = [("attn_q", heads), ("attn_k", kv_heads), ("attn_v", kv_heads)].map(|(part, heads)| {
+        let part = name.replace("attn_qkv", part);
+        let start = end;
+        end = end.saturating_add(heads.saturating_mul(dim));
+        Some((hugging_face_name(arch, &part)?, stored(&part, Some(start..end))))
+    });
+    match parts {
+        [Some(q), Some(k), Some(v)] if name.contains("attn_qkv") => vec![q, k, v],
+        _ => vec![(name.to_string(), stored(name, None))],
     }
 }
 
@@ -363,23 +396,40 @@ impl TensorSource for Source {
     }
 
     fn tensor(&self, name: &str) -> oxiformers_hub::Result<TensorView> {
-        let (stored, change) = match self.names.get(name) {
-            Some((stored, change)) => (stored.as_str(), *change),
-            None => (name, Change::None),
+        let Some(stored) = self.names.get(name) else {
+            return self.checkpoint.tensor(name);
         };
-        let (heads, kv_heads) = self.heads;
-        match change {
-            Change::None => self.checkpoint.tensor(stored),
-            Change::HalvesToPairs(Heads::Query) => {
-                Ok(pairs_to_halves(self.checkpoint.tensor(stored)?, heads))
-            }
-            Change::HalvesToPairs(Heads::KeyValue) => {
-                Ok(pairs_to_halves(self.checkpoint.tensor(stored)?, kv_heads))
-            }
-            Change::GroupsToStack => Ok(stack_to_groups(self.checkpoint.tensor(stored)?, heads, kv_heads)),
-            Change::PlusOne => Ok(minus_one(self.checkpoint.tensor(stored)?)),
-            Change::LatentApart => self.joined_latent(stored),
+        if stored.change == Change::LatentApart {
+            return self.joined_latent(&stored.name);
         }
+        let (heads, kv_heads) = self.heads;
+        let mut view = self.checkpoint.tensor(&stored.name)?;
+        if let Some(rows) = &stored.rows {
+            view = cut(view, rows.clone());
+        }
+        Ok(match stored.change {
+            Change::HalvesToPairs(Heads::Query) => pairs_to_halves(view, heads),
+            Change::HalvesToPairs(Heads::KeyValue) => pairs_to_halves(view, kv_heads),
+            Change::GroupsToStack => stack_to_groups(view, heads, kv_heads),
+            Change::PlusOne => minus_one(view),
+            Change::LatentApart | Change::None => view,
+        })
+    }
+}
+
+/// Some rows of a matrix or vector; what does not have them stays, and the shape check of the loader finds it.
+fn cut(view: TensorView, rows: Range<usize>) -> TensorView {
+    let count = view.shape.first().copied().unwrap_or(0);
+    if rows.end > count || rows.is_empty() {
+        return view;
+    }
+    let row_bytes = view.data.len() / count;
+    let mut shape = view.shape;
+    shape[0] = rows.len();
+    TensorView {
+        data: view.data.slice(rows.start * row_bytes..rows.end * row_bytes),
+        shape,
+        ..view
     }
 }
 

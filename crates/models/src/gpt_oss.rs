@@ -82,7 +82,7 @@ impl Config {
                     .ok_or_else(|| Error::config("layer_types", message()))?
                     == "sliding_attention"
             }
-            None => i % 2 == 0,
+            None => i.is_multiple_of(2),
         };
         Ok(sliding.then_some(self.sliding_window))
     }
