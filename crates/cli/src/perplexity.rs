@@ -8,7 +8,7 @@ use oxiformers::perplexity;
 use serde_json::json;
 
 use crate::args::PerplexityArgs;
-use crate::session::Session;
+use crate::session;
 
 pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
     let text = if args.text.as_os_str() == "-" {
@@ -18,13 +18,20 @@ pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
     } else {
         std::fs::read_to_string(&args.text).with_context(|| args.text.display().to_string())?
     };
-    let session = Session::load(&args.model, &args.run)?;
-    let ids = session.tokenizer.encode(&text, true)?;
+    let model = session::load(Some(&args.model), &args.run)?;
+    let ids = model.tokenizer.encode(&text, true)?;
     if ids.len() < 2 {
-        bail!("{}: the text has {} tokens; it takes two to predict one", args.text.display(), ids.len());
+        bail!(
+            "{}: the text has {} tokens; it takes two to predict one",
+            args.text.display(),
+            ids.len()
+        );
     }
     let window = args.ctx.map_or(ids.len(), |n| n as usize);
-    if let Some(limit) = session.max_positions().filter(|limit| window.min(ids.len()) > *limit) {
+    if let Some(limit) = model
+        .max_positions()
+        .filter(|limit| window.min(ids.len()) > *limit)
+    {
         bail!(
             "{}: the text has {} tokens and the model was made for {limit}; cut it into windows with --ctx {limit}",
             args.text.display(),
@@ -35,7 +42,9 @@ pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
         ProgressStyle::with_template("{bar:30} {pos}/{len} tokens, {per_sec}, {eta} left")
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
-    let result = oxiformers::block_on(perplexity(&session.model, &ids, window, |done| bar.set_position(done as u64)))?;
+    let result = oxiformers::block_on(perplexity(&model.model, &ids, window, |done| {
+        bar.set_position(done as u64)
+    }))?;
     bar.finish_and_clear();
     let mut out = io::stdout().lock();
     if args.json {

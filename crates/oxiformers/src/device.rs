@@ -11,7 +11,9 @@ pub fn available() -> Vec<&'static str> {
         (cfg!(feature = "vulkan"), "vulkan"),
         (cfg!(feature = "webgpu"), "webgpu"),
     ];
-    std::iter::once("cpu").chain(gpus.into_iter().filter(|(built, _)| *built).map(|(_, name)| name)).collect()
+    std::iter::once("cpu")
+        .chain(gpus.into_iter().filter(|(built, _)| *built).map(|(_, name)| name))
+        .collect()
 }
 
 /// A device that this build does not have.
@@ -27,9 +29,12 @@ pub struct UnknownDevice {
 /// Where this build has no such device.
 pub fn parse(name: &str) -> Result<Device, UnknownDevice> {
     let (backend, index) = match name.split_once(':') {
-        Some((backend, index)) => {
-            (backend, index.parse::<usize>().map_err(|_| UnknownDevice { name: name.to_string() })?)
-        }
+        Some((backend, index)) => (
+            backend,
+            index.parse::<usize>().map_err(|_| UnknownDevice {
+                name: name.to_string(),
+            })?,
+        ),
         None => (name, 0),
     };
     let device = match backend {
@@ -44,7 +49,11 @@ pub fn parse(name: &str) -> Result<Device, UnknownDevice> {
         "vulkan" => Device::vulkan(burn::tensor::DeviceKind::DiscreteGpu(index)),
         #[cfg(feature = "webgpu")]
         "webgpu" => Device::webgpu(burn::tensor::DeviceKind::DefaultDevice),
-        _ => return Err(UnknownDevice { name: name.to_string() }),
+        _ => {
+            return Err(UnknownDevice {
+                name: name.to_string(),
+            });
+        }
     };
     Ok(device)
 }
@@ -54,5 +63,8 @@ pub fn parse(name: &str) -> Result<Device, UnknownDevice> {
 /// Returns whether it took effect.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn set_threads(threads: usize) -> bool {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().is_ok()
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .is_ok()
 }

@@ -1,1 +1,46 @@
+//! Hugging Face Transformers, in Rust: open models from their own files, in one safe, fast library.
+//!
+//! ```no_run
+//! use oxiformers::{LanguageModel, Message};
+//!
+//! fn main() -> Result<(), oxiformers::Error> {
+//!     let model = LanguageModel::from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")?;
+//!     let mut chat = model.conversation();
+//!     chat.messages.push(Message::user("What is the capital of France?"));
+//!     let answer = oxiformers::block_on(chat.answer(model.generation_config.clone(), |tokens| {
+//!         tokens.iter().for_each(|token| print!("{}", token.text));
+//!         std::ops::ControlFlow::Continue(())
+//!     }))?;
+//!     println!("\n{} tokens", answer.ids.len());
+//!     Ok(())
+//! }
+//! ```
+//!
+//! [`LanguageModel`] puts the parts together that a checkpoint consists of. The parts live in rooms of their own,
+//! re-exported here: [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
+//! holds the architectures, [`nn`] their layers, [`generate`] the decoding loop.
 
+mod conversation;
+pub mod device;
+mod error;
+mod language_model;
+mod perplexity;
+
+pub use oxiformers_generate as generate;
+pub use oxiformers_hub as hub;
+pub use oxiformers_models as models;
+pub use oxiformers_nn as nn;
+pub use oxiformers_processors as processors;
+
+pub use burn::tensor::FloatDType;
+pub use conversation::Conversation;
+pub use error::{Error, Result};
+pub use futures::executor::block_on;
+pub use generate::{
+    Constraint, Draft, FinishReason, Generated, GenerationConfig, Generator, Grammar, Step, Token,
+};
+pub use language_model::LanguageModel;
+pub use models::{AutoConfig, AutoModelForCausalLM, CausalLM};
+pub use nn::LoadOptions;
+pub use perplexity::{Perplexity, perplexity};
+pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer};

@@ -57,7 +57,10 @@ pub async fn perplexity(
         }
         done += 1;
     }
-    Ok(Perplexity { tokens: ids.len(), nll: sum / predicted.max(1) as f64 })
+    Ok(Perplexity {
+        tokens: ids.len(),
+        nll: sum / predicted.max(1) as f64,
+    })
 }
 
 /// `log Σ exp(logits) − logits[target]`, summed in f64.
