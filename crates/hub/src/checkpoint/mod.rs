@@ -2,15 +2,19 @@
 //!
 //! Opening reads headers only; a tensor is a slice of the mapped file.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use indexmap::IndexMap;
+use serde::Deserialize;
 
 use crate::{Error, ModelFiles, Result};
 
 pub mod gguf;
+mod pickle;
 mod safetensors;
+mod torch;
 
 use gguf::GgmlType;
 
@@ -85,7 +89,7 @@ pub struct TensorView {
     pub dtype: DType,
     /// Row-major, outermost dimension first.
     pub shape: Vec<usize>,
-    /// The bytes, a slice of the file where its format allows that.
+    /// The bytes: a slice of the file, but for PyTorch tensors that do not lie contiguously in it.
     pub data: Bytes,
 }
 
@@ -93,7 +97,19 @@ pub struct TensorView {
 #[derive(Debug, Clone)]
 struct Entry {
     info: TensorInfo,
-    data: Bytes,
+    data: Data,
+}
+
+/// The bytes of a tensor, checked to lie in the file.
+#[derive(Debug, Clone)]
+enum Data {
+    Contiguous(Bytes),
+    /// From the first value to the last. The strides are in elements, 0 where the dimension is 1, and no
+    /// dimension is 0.
+    Strided {
+        data: Bytes,
+        strides: Vec<usize>,
+    },
 }
 
 /// The tensors of a model. Cheap to clone.
@@ -125,7 +141,11 @@ impl Checkpoint {
                     }
                 };
                 for (info, data) in &file.tensors {
-                    entries.insert(&files.describe(&name), info.clone(), data.clone())?;
+                    entries.insert(
+                        &files.describe(&name),
+                        info.clone(),
+                        Data::Contiguous(data.clone()),
+                    )?;
                 }
                 metadata.get_or_insert_with(|| file.metadata.clone());
             }
@@ -133,6 +153,13 @@ impl Checkpoint {
             for name in names {
                 let bytes = require(files, &name)?;
                 for (info, data) in safetensors::parse(&bytes, &files.describe(&name))? {
+                    entries.insert(&files.describe(&name), info, Data::Contiguous(data))?;
+                }
+            }
+        } else if let Some(names) = torch::files(files)? {
+            for name in names {
+                let bytes = require(files, &name)?;
+                for (info, data) in torch::parse(&bytes, &files.describe(&name))? {
                     entries.insert(&files.describe(&name), info, data)?;
                 }
             }
@@ -165,7 +192,7 @@ impl Checkpoint {
         self.0.entries.get(name).map(|entry| &entry.info)
     }
 
-    /// A tensor.
+    /// A tensor; only a PyTorch tensor that is not contiguous is copied.
     ///
     /// # Errors
     /// Where there is none of that name.
@@ -174,7 +201,10 @@ impl Checkpoint {
             Some(Entry { info, data }) => Ok(TensorView {
                 dtype: info.dtype,
                 shape: info.shape.clone(),
-                data: data.clone(),
+                data: match data {
+                    Data::Contiguous(data) => data.clone(),
+                    Data::Strided { data, strides } => contiguous(data, info, strides),
+                },
             }),
             None => Err(Error::NotFound {
                 what: format!("the tensor `{name}`"),
@@ -195,7 +225,7 @@ struct Entries {
 }
 
 impl Entries {
-    fn insert(&mut self, file: &str, info: TensorInfo, data: Bytes) -> Result<()> {
+    fn insert(&mut self, file: &str, info: TensorInfo, data: Data) -> Result<()> {
         match self.map.entry(info.name.clone()) {
             indexmap::map::Entry::Occupied(_) => Err(Error::format(
                 file,
@@ -207,6 +237,60 @@ impl Entries {
             }
         }
     }
+}
+
+/// The values of a strided tensor one after the other.
+fn contiguous(data: &[u8], info: &TensorInfo, strides: &[usize]) -> Bytes {
+    let size = info.dtype.num_bytes(&[]).unwrap_or(1);
+    // Inner dimensions that lie together are copied as one run.
+    let mut run = size;
+    let mut outer = info.shape.len();
+    while outer > 0 && (info.shape[outer - 1] == 1 || strides[outer - 1] * size == run) {
+        outer -= 1;
+        run *= info.shape[outer];
+    }
+    let mut out = Vec::with_capacity(info.dtype.num_bytes(&info.shape).unwrap_or(0));
+    let mut index = vec![0; outer];
+    let mut from = 0;
+    loop {
+        out.extend_from_slice(&data[from * size..from * size + run]);
+        let mut dim = outer;
+        loop {
+            if dim == 0 {
+                return out.into();
+            }
+            dim -= 1;
+            index[dim] += 1;
+            from += strides[dim];
+            if index[dim] < info.shape[dim] {
+                break;
+            }
+            from -= strides[dim] * info.shape[dim];
+            index[dim] = 0;
+        }
+    }
+}
+
+/// The shards that an index names, if there is such an index.
+fn shards(files: &ModelFiles, index: &str) -> Result<Option<Vec<String>>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let Some(Index { weight_map }) = files.json(index)? else {
+        return Ok(None);
+    };
+    let shards: BTreeSet<String> = weight_map.into_values().collect();
+    for shard in &shards {
+        let plain = !shard.is_empty() && !shard.contains(['/', '\\']) && shard != "." && shard != "..";
+        if !plain {
+            return Err(Error::UnsafePath {
+                place: files.describe(index),
+                name: shard.clone(),
+            });
+        }
+    }
+    Ok(Some(shards.into_iter().collect()))
 }
 
 fn require(files: &ModelFiles, name: &str) -> Result<Bytes> {

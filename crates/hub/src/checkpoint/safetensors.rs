@@ -1,38 +1,18 @@
 //! Safetensors files, single or sharded.
 
-use std::collections::BTreeSet;
-
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
-use serde::Deserialize;
 
-use super::{DType, TensorInfo};
+use super::{DType, TensorInfo, shards};
 use crate::{Error, ModelFiles, Result};
-
-const INDEX: &str = "model.safetensors.index.json";
-
-#[derive(Deserialize)]
-struct Index {
-    weight_map: std::collections::BTreeMap<String, String>,
-}
 
 /// The safetensors files of a model, if it has any.
 pub(super) fn files(files: &ModelFiles) -> Result<Option<Vec<String>>> {
     if files.contains("model.safetensors") {
         return Ok(Some(vec!["model.safetensors".to_string()]));
     }
-    if let Some(index) = files.json::<Index>(INDEX)? {
-        let shards: BTreeSet<String> = index.weight_map.into_values().collect();
-        for shard in &shards {
-            let plain = !shard.is_empty() && !shard.contains(['/', '\\']) && shard != "." && shard != "..";
-            if !plain {
-                return Err(Error::UnsafePath {
-                    place: files.describe(INDEX),
-                    name: shard.clone(),
-                });
-            }
-        }
-        return Ok(Some(shards.into_iter().collect()));
+    if let Some(shards) = shards(files, "model.safetensors.index.json")? {
+        return Ok(Some(shards));
     }
     // A single file of any name, as people pass on the command line.
     let mut named = files.names().filter(|name| name.ends_with(".safetensors"));
