@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::Architecture;
+use crate::layer_types;
 
 /// The fields of `config.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -72,21 +73,6 @@ impl Default for Config {
 }
 
 impl Config {
-    /// The sliding window of layer `i`; every other layer has one where `layer_types` does not say.
-    fn window(&self, i: usize) -> Result<Option<usize>> {
-        let sliding = match &self.layer_types {
-            Some(types) => {
-                let message = || format!("names {} layers of {}", types.len(), self.num_hidden_layers);
-                types
-                    .get(i)
-                    .ok_or_else(|| Error::config("layer_types", message()))?
-                    == "sliding_attention"
-            }
-            None => i.is_multiple_of(2),
-        };
-        Ok(sliding.then_some(self.sliding_window))
-    }
-
     fn rope(&self) -> Result<Rope> {
         let mut settings = self.rope.clone();
         if settings.rope_parameters.is_none() && settings.rope_scaling.is_none() {
@@ -320,7 +306,8 @@ impl Architecture for Config {
             ..AttentionConfig::new(hidden, heads, self.num_key_value_heads, self.head_dim)
         };
         let layers = (0..self.num_hidden_layers).map(|i| {
-            let window = self.window(i)?;
+            let sliding = Some(self.sliding_window);
+            let window = layer_types::window(&self.layer_types, i, sliding, i.is_multiple_of(2))?;
             windows.push(window);
             let w = w.pp("model.layers").pp(i);
             let at = w.pp("self_attn");

@@ -14,12 +14,25 @@ pub mod error;
 pub mod gguf;
 pub mod registry;
 
+mod layer_types;
+
 pub mod cohere;
 pub mod deepseek_v3;
+pub mod gemma;
+pub mod gemma2;
+pub mod gemma3_text;
 pub mod gpt_oss;
+pub mod granite;
 pub mod llama;
+pub mod mistral;
+pub mod mixtral;
 pub mod olmo2;
 pub mod phi3;
+pub mod qwen2;
+pub mod qwen2_moe;
+pub mod qwen3;
+pub mod qwen3_moe;
+pub mod smollm3;
 
 pub use auto::{AutoConfig, AutoModelForCausalLM};
 pub use error::Error;

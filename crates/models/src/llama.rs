@@ -79,6 +79,21 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// From its parts, whatever form its norms have.
+    pub fn new(
+        input_layernorm: RmsNorm,
+        self_attn: Attention,
+        post_attention_layernorm: RmsNorm,
+        mlp: GatedMlp,
+    ) -> Self {
+        Self {
+            input_layernorm,
+            self_attn,
+            post_attention_layernorm,
+            mlp,
+        }
+    }
+
     /// From its parts; other models put their own attention into this layer.
     pub fn load(
         w: &Weights,

@@ -88,12 +88,34 @@ architectures! {
     Cohere(cohere) = "cohere";
     /// DeepSeek-V3 and R1.
     DeepseekV3(deepseek_v3) = "deepseek_v3";
+    /// Gemma.
+    Gemma(gemma) = "gemma";
+    /// Gemma 2.
+    Gemma2(gemma2) = "gemma2";
+    /// Gemma 3's language model.
+    Gemma3Text(gemma3_text) = "gemma3_text";
     /// gpt-oss.
     GptOss(gpt_oss) = "gpt_oss";
+    /// Granite.
+    Granite(granite) = "granite";
     /// Llama.
     Llama(llama) = "llama";
+    /// Mistral.
+    Mistral(mistral) = "mistral";
+    /// Mixtral.
+    Mixtral(mixtral) = "mixtral";
     /// OLMo 2.
     Olmo2(olmo2) = "olmo2";
     /// Phi-3 and Phi-4.
     Phi3(phi3) = "phi3";
+    /// Qwen2 and Qwen2.5.
+    Qwen2(qwen2) = "qwen2";
+    /// Qwen1.5-MoE and Qwen2-MoE.
+    Qwen2Moe(qwen2_moe) = "qwen2_moe";
+    /// Qwen3.
+    Qwen3(qwen3) = "qwen3";
+    /// Qwen3-MoE.
+    Qwen3Moe(qwen3_moe) = "qwen3_moe";
+    /// SmolLM3.
+    SmolLm3(smollm3) = "smollm3";
 }
