@@ -214,7 +214,7 @@ pub(super) fn parts(files: &ModelFiles, first: &str) -> Result<Vec<String>> {
     let (Some((base, "00001")), Ok(total)) = (stem.rsplit_once('-'), total.parse::<u32>()) else {
         return Ok(vec![first.to_string()]);
     };
-    if total > 9999 {
+    if !(1..=9999).contains(&total) {
         return Err(Error::format(
             files.describe(first),
             format!("a model in {total} files is not plausible"),
@@ -318,6 +318,7 @@ impl GgufFile {
             .at
             .checked_next_multiple_of(alignment)
             .unwrap_or(usize::MAX);
+        let mut taken: Vec<(usize, usize)> = Vec::with_capacity(table.len());
         let tensors = table
             .into_iter()
             .map(|(info, offset)| {
@@ -329,16 +330,30 @@ impl GgufFile {
                         info.dtype.name()
                     ))
                 })?;
+                if !offset.is_multiple_of(alignment as u64) {
+                    return Err(bad(&format!("begins at {offset}, no multiple of {alignment}")));
+                }
                 let from = usize::try_from(offset)
                     .ok()
                     .and_then(|offset| start.checked_add(offset));
                 let range = from.and_then(|from| Some(from..from.checked_add(len)?));
                 match range {
-                    Some(range) if range.end <= bytes.len() => Ok((info, bytes.slice(range))),
+                    Some(range) if range.end <= bytes.len() => {
+                        taken.push((range.start, range.end));
+                        Ok((info, bytes.slice(range)))
+                    }
                     _ => Err(bad("lies outside of the file; it was cut short")),
                 }
             })
             .collect::<Result<Vec<_>>>()?;
+        taken.retain(|(from, to)| from < to);
+        taken.sort_unstable();
+        if let Some(pair) = taken.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            return Err(Error::format(
+                file,
+                format!("two tensors overlap at byte {}", pair[1].0),
+            ));
+        }
         Ok(Self {
             metadata: Arc::new(metadata),
             tensors,

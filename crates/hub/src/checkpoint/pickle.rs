@@ -12,7 +12,7 @@ use super::DType;
 use crate::{Error, Result};
 
 /// Opcodes and copied items that one pickle may take; a state dict takes about forty for a tensor.
-const MAX_WORK: usize = 1 << 23;
+const MAX_WORK: usize = 1 << 22;
 
 /// Containers nested deeper than this are no state dict.
 const MAX_DEPTH: usize = 64;

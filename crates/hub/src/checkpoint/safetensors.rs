@@ -1,7 +1,10 @@
 //! Safetensors files, single or sharded.
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
+use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use super::{DType, TensorInfo, shards};
 use crate::{Error, ModelFiles, Result};
@@ -22,11 +25,40 @@ pub(super) fn files(files: &ModelFiles) -> Result<Option<Vec<String>>> {
     })
 }
 
+/// A header in which no name appears twice: of such, readers keep one or the other.
+struct Distinct;
+
+impl<'de> Deserialize<'de> for Distinct {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Names;
+        impl<'de> Visitor<'de> for Names {
+            type Value = Distinct;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a map of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Distinct, A::Error> {
+                let mut seen = HashSet::new();
+                while let Some((name, IgnoredAny)) = map.next_entry::<String, _>()? {
+                    if seen.contains(&name) {
+                        return Err(A::Error::custom(format!("the tensor `{name}` is stored twice")));
+                    }
+                    seen.insert(name);
+                }
+                Ok(Distinct)
+            }
+        }
+        deserializer.deserialize_map(Names)
+    }
+}
+
 /// The tensors of one file.
 pub(super) fn parse(bytes: &Bytes, file: &str) -> Result<Vec<(TensorInfo, Bytes)>> {
     let bad = |what: String| Error::format(file, what);
     let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| bad(error.to_string()))?;
     let start = header + 8;
+    serde_json::from_slice::<Distinct>(&bytes[8..start]).map_err(|error| bad(error.to_string()))?;
     let mut tensors: Vec<_> = metadata.tensors().into_iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let mut out = Vec::with_capacity(tensors.len());
