@@ -15,4 +15,6 @@ mod source;
 pub use default_model::default_chat_model;
 pub use options::FetchOptions;
 pub use progress::{Bars, Event, Progress, Silent};
+#[cfg(fuzzing)]
+pub use pypi::read_index_page;
 pub use source::{Source, resolve};

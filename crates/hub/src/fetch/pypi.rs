@@ -413,6 +413,23 @@ fn version_of(filename: &str, name: &str) -> Option<Version> {
     Version::from_str(version).ok()
 }
 
+/// Reads a page of a package index in both forms and chooses from it: a door for the fuzz targets.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub fn read_index_page(page: &str) {
+    let base = Url::parse("https://index.example/simple/name/").expect("an address");
+    let offers = parse_json(page, "page").into_iter().flatten();
+    let offers: Vec<_> = offers.chain(parse_html(page, &base)).collect();
+    let versions = offers
+        .iter()
+        .filter_map(|offer| version_of(&offer.filename, "name"));
+    for version in versions.take(16) {
+        if let Some(offer) = choose_archive(&offers, "name", &version) {
+            let _ = absolute(&offer.url, &base, &base);
+        }
+    }
+}
+
 /// A wheel for every platform, else any wheel (only its data is used), else a source distribution.
 fn choose_archive(offers: &[Offer], name: &str, version: &Version) -> Option<Offer> {
     let rank = |offer: &Offer| match offer.filename.as_str() {

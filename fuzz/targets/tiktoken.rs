@@ -1,0 +1,8 @@
+//! Vocabularies in tiktoken's format and in Mistral's.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    for name in ["tiktoken.model", "tekken.json"] {
+        oxiformers_fuzz::tokenizer(&oxiformers_fuzz::model(name, data));
+    }
+});
