@@ -11,12 +11,12 @@ use std::sync::{Arc, Mutex};
 
 use chrono::NaiveDateTime;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Object, Rest, Value, ValueKind, from_args};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, functions};
+use minijinja::value::{Kwargs, Object, Value, ValueKind, from_args};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State};
 use serde_json::Map;
 
 use super::generation::{self, Progress};
-use super::{json, methods, strftime};
+use super::{bounds, json, methods, strftime};
 use crate::Error as CrateError;
 
 /// Instructions, and 64 bytes of produced data each, that one rendering may cost beside its input.
@@ -70,15 +70,11 @@ pub(super) fn new() -> Environment<'static> {
             ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map
         )
     });
-    env.add_function("cycler", |items: Rest<Value>| {
-        minijinja_contrib::globals::cycler(items.0)
-    });
-    env.add_function("joiner", minijinja_contrib::globals::joiner);
     env.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
         let message = message.to_string();
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
     });
-    env.add_function("namespace", namespace);
+    bounds::add_to(&mut env);
     env.add_global("dict", Value::from_object(Dict));
     env
 }
@@ -251,20 +247,6 @@ fn iterable(value: Value) -> Result<Value, Error> {
     // A list of characters has a length, and so has the loop.
     let characters = |text: &str| text.chars().map(Value::from).collect();
     Ok(value.as_str().map(characters).unwrap_or(value))
-}
-
-/// `namespace(…)`, which takes no name with a leading underscore.
-fn namespace(defaults: Option<minijinja::value::ValueOrKwargs>) -> Result<Value, Error> {
-    let namespace = functions::namespace(defaults)?;
-    for name in namespace.try_iter()? {
-        if name.as_str().is_some_and(|name| name.starts_with('_')) {
-            return Err(Error::new(
-                ErrorKind::InvalidOperation,
-                format!("a namespace takes no name with a leading underscore, but got {name}; rename it"),
-            ));
-        }
-    }
-    Ok(namespace)
 }
 
 /// `dict(…)` and `dict.fromkeys(…)`.

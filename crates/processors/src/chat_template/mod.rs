@@ -13,6 +13,7 @@
 //! # Ok::<(), oxiformers_processors::Error>(())
 //! ```
 
+mod bounds;
 mod encode;
 mod environment;
 mod files;

@@ -5,28 +5,50 @@
 //! - `{% set ns.x = … %}` in a macro or call block does not capture `ns`: naming it in a tag before does.
 //! - `{% for x in none %}` is an error in Python and an empty loop in minijinja: `none` is refused by a filter.
 //!
+//! - Values that are kept in a variable or namespace go through the filters of `bounds`; tags so long that
+//!   compiling them would use up the stack are refused.
+//!
 //! Besides, all line ends become `\n`, as in Jinja2. Of the tags only the words change, which leaves whitespace
 //! control and line numbers as they were.
 
+use super::bounds::{BOUNDED, DATA};
 use super::environment::ITERABLE;
 use super::generation::FUNCTION;
+
+/// Operators, calls and subscripts in one tag, and `elif`s and macros in a template: these chain, and the parser
+/// recurses over chains. Published templates have up to 30, 22 and 8.
+const MAX_CHAIN: usize = 250;
+/// Brackets within brackets in one tag.
+const MAX_BRACKETS: usize = 32;
 
 /// Rewrites the tags and line ends of a template; everything else stays byte by byte.
 pub(super) fn rewrite(source: &str) -> Result<String, String> {
     let source = &source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
     let mut rest = source.as_str();
+    let mut chained = 0;
     while let Some(at) = rest.find('{') {
         let (before, tag) = rest.split_at(at);
         out.push_str(before);
         let end = match tag.as_bytes().get(1) {
             Some(b'#') => tag.find("#}").map_or(tag.len(), |end| end + 2),
-            Some(b'{') => tag_end(tag, "}}"),
+            Some(b'{') => {
+                let end = tag_end(tag, "}}");
+                check_length(&tag[..end])?;
+                end
+            }
             Some(b'%') => {
                 let end = tag_end(tag, "%}");
+                check_length(&tag[..end])?;
                 match Block::parse(&tag[..end]) {
                     Some(block) if block.word == "raw" => raw_end(tag, end),
                     Some(block) => {
+                        if matches!(block.word, "elif" | "macro") {
+                            chained += 1;
+                        }
+                        if chained > MAX_CHAIN {
+                            return Err(format!("more than {MAX_CHAIN} elif branches and macros"));
+                        }
                         out.push_str(&block.rewritten()?);
                         rest = &tag[end..];
                         continue;
@@ -82,27 +104,139 @@ impl<'a> Block<'a> {
             body,
             close,
         } = self;
+        // What a tag brings into scope goes through a filter in a tag of its own behind it.
+        let guarded = |tag: String, names: Vec<&str>| {
+            let guards: String = names
+                .iter()
+                .map(|name| format!(" %}}{{% set {name} = {name}|{BOUNDED} "))
+                .collect();
+            format!("{open}{tag}{guards}{close}")
+        };
         Ok(match *word {
             "generation" => format!("{open}call {FUNCTION}(){body}{close}"),
             "endgeneration" => format!("{open}endcall{body}{close}"),
-            "set" => match namespace_target(body)? {
-                Some(name) => format!("{open}set __target__ = {name} %}}{{% set{body}{close}"),
-                None => format!("{open}{word}{body}{close}"),
+            "set" => match assignment(body) {
+                Some((target, value)) => match namespace_target(target)? {
+                    Some(name) => {
+                        format!("{open}set __target__ = {name} %}}{{% set{target}=({value})|{DATA} {close}")
+                    }
+                    None if nests(value) => format!("{open}set{target}=({value})|{BOUNDED} {close}"),
+                    None => format!("{open}set{body}{close}"),
+                },
+                None => {
+                    namespace_target(body)?;
+                    format!("{open}set{body}{close}")
+                }
             },
             "for" => match loop_values(body) {
                 Some((targets, values, rest)) => {
-                    format!("{open}for{targets}({values})|{ITERABLE} {rest}{close}")
+                    let names = match nests(values) || rest.contains("recursive") {
+                        true => names(targets.strip_suffix("in").unwrap_or(targets)),
+                        false => Vec::new(),
+                    };
+                    guarded(format!("for{targets}({values})|{ITERABLE} {rest}"), names)
                 }
-                None => format!("{open}{word}{body}{close}"),
+                None => format!("{open}for{body}{close}"),
             },
+            "macro" => guarded(format!("macro{body}"), parameters(body)),
+            "call" if body.trim_start().starts_with('(') => guarded(format!("call{body}"), parameters(body)),
+            "with" => guarded(format!("with{body}"), assigned(body)),
             _ => format!("{open}{word}{body}{close}"),
         })
     }
 }
 
-/// The name before the dot of ` ns.attribute = …`; Transformers refuses attributes with a leading underscore.
-fn namespace_target(body: &str) -> Result<Option<&str>, String> {
-    let target = body.split('=').next().unwrap_or_default();
+/// Refuses a tag that the parser would recurse over too far.
+fn check_length(tag: &str) -> Result<(), String> {
+    let bytes = tag.as_bytes();
+    let (mut at, mut depth, mut operators) = (0, 0, 0);
+    while let Some(&byte) = bytes.get(at) {
+        let next = past(bytes, at, &mut depth);
+        match byte {
+            b'.' | b'[' | b'(' | b'|' | b'~' | b'+' | b'-' | b'*' | b'/' | b'%' | b'<' | b'>' | b'='
+            | b'!' => {
+                operators += 1;
+            }
+            b'a'..=b'z' => {
+                let start = at == 0 || !is_word(bytes[at - 1]);
+                let end = (at..bytes.len())
+                    .find(|at| !is_word(bytes[*at]))
+                    .unwrap_or(bytes.len());
+                if start && matches!(&tag[at..end], "not" | "and" | "or" | "if" | "is" | "in") {
+                    operators += 1;
+                }
+                at = end;
+                continue;
+            }
+            _ => {}
+        }
+        if operators > MAX_CHAIN || depth > MAX_BRACKETS + 2 {
+            let start: String = tag.chars().take(60).collect();
+            return Err(format!(
+                "a tag has more than {MAX_CHAIN} operators or {MAX_BRACKETS} nested brackets: {start}…"
+            ));
+        }
+        at = next;
+    }
+    Ok(())
+}
+
+/// Can the value of this expression be nested deeper than those in it?
+fn nests(expression: &str) -> bool {
+    expression.contains(['[', '(', '{', '|'])
+}
+
+/// Splits ` target = value` of a set tag; a block of text (`{% set x %}`) has no value.
+fn assignment(body: &str) -> Option<(&str, &str)> {
+    let (target, value) = body.split_once('=')?;
+    (!target.contains(['|', '(']) && !value.trim().is_empty()).then_some((target, value))
+}
+
+/// Plain names in a list of targets.
+fn names(targets: &str) -> Vec<&str> {
+    targets
+        .split([',', '(', ')'])
+        .map(str::trim)
+        .filter(|name| is_name(name))
+        .collect()
+}
+
+/// Names of the parameters of ` f(a, b=[1])`.
+fn parameters(body: &str) -> Vec<&str> {
+    let inner = body.split_once('(').map_or("", |(_, inner)| inner);
+    let mut end = 0;
+    words(inner)
+        .filter(|(at, word)| {
+            // A parameter stands at the start or behind a comma, everything else belongs to a default.
+            let between = inner[end..*at].trim();
+            end = at + word.len();
+            (between.is_empty() || between.ends_with(',')) && is_name(word)
+        })
+        .map(|(_, word)| word)
+        .collect()
+}
+
+/// Names that ` a = 1, b = x` assigns.
+fn assigned(body: &str) -> Vec<&str> {
+    words(body)
+        .filter(|(at, word)| {
+            let rest = body[at + word.len()..].trim_start();
+            rest.starts_with('=') && !rest.starts_with("==") && is_name(word)
+        })
+        .map(|(_, word)| word)
+        .collect()
+}
+
+fn is_name(text: &str) -> bool {
+    !text.starts_with(|c: char| c.is_ascii_digit()) && !text.is_empty() && text.bytes().all(is_word)
+}
+
+fn is_word(byte: u8) -> bool {
+    byte == b'_' || byte.is_ascii_alphanumeric()
+}
+
+/// The name before the dot of ` ns.attribute`; Transformers refuses attributes with a leading underscore.
+fn namespace_target(target: &str) -> Result<Option<&str>, String> {
     let Some((name, attribute)) = target.split_once('.') else {
         return Ok(None);
     };
@@ -112,8 +246,7 @@ fn namespace_target(body: &str) -> Result<Option<&str>, String> {
         ));
     }
     let name = name.trim();
-    let plain = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
-    Ok(plain.then_some(name))
+    Ok(is_name(name).then_some(name))
 }
 
 /// Splits ` x in values if …` around the values.
@@ -135,11 +268,8 @@ fn words(text: &str) -> impl Iterator<Item = (usize, &str)> {
         while let Some(&byte) = bytes.get(at) {
             let start = at;
             at = past(bytes, at, &mut depth);
-            if byte == b'_' || byte.is_ascii_alphanumeric() {
-                while bytes
-                    .get(at)
-                    .is_some_and(|b| *b == b'_' || b.is_ascii_alphanumeric())
-                {
+            if is_word(byte) {
+                while bytes.get(at).copied().is_some_and(is_word) {
                     at += 1;
                 }
                 if depth == 0 {
@@ -224,7 +354,7 @@ mod tests {
         }
         assert_eq!(
             rewrite("{%- set ns.x = a._x -%}").unwrap(),
-            "{%- set __target__ = ns %}{% set ns.x = a._x -%}"
+            "{%- set __target__ = ns %}{% set ns.x =( a._x )|__data__ -%}"
         );
     }
 
@@ -234,7 +364,8 @@ mod tests {
             ("{%- for x in xs -%}", "{%- for x in( xs )|__iterable__ -%}"),
             (
                 "{% for k, v in d['in if'].items() if k in v recursive %}",
-                "{% for k, v in( d['in if'].items() )|__iterable__ if k in v recursive %}",
+                "{% for k, v in( d['in if'].items() )|__iterable__ if k in v recursive  %}{% set k = k|__bounded__  %}\
+                 {% set v = v|__bounded__ %}",
             ),
             ("{% for x in 1, 2 %}", "{% for x in( 1, 2 )|__iterable__ %}"),
             ("{% for x in %}", "{% for x in %}"),
@@ -242,5 +373,29 @@ mod tests {
         ] {
             assert_eq!(rewrite(from).unwrap(), to);
         }
+    }
+
+    #[test]
+    fn scopes_are_guarded() {
+        for (from, to) in [
+            ("{% macro f() -%}", "{% macro f() -%}"),
+            (
+                "{%- macro f(a, b=g(c, d), e='x, y') -%}",
+                "{%- macro f(a, b=g(c, d), e='x, y')  %}{% set a = a|__bounded__  %}{% set b = b|__bounded__  %}\
+                 {% set e = e|__bounded__ -%}",
+            ),
+            (
+                "{% with a = [b], c = d == e %}",
+                "{% with a = [b], c = d == e  %}{% set a = a|__bounded__  %}{% set c = c|__bounded__ %}",
+            ),
+            ("{% set x = [x] %}", "{% set x =( [x] )|__bounded__ %}"),
+        ] {
+            assert_eq!(rewrite(from).unwrap(), to);
+        }
+        assert!(rewrite(&format!("{{{{ 1{} }}}}", " + 1".repeat(251))).is_err());
+        assert!(rewrite(&format!("{{{{ {}1 }}}}", "not ".repeat(251))).is_err());
+        assert!(rewrite(&format!("{{{{ {} }}}}", "[".repeat(40))).is_err());
+        assert!(rewrite(&"{% elif x %}".repeat(251)).is_err());
+        assert!(rewrite(&format!("{{{{ '{}' }}}}", "+".repeat(1000))).is_ok());
     }
 }
