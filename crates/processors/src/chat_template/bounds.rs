@@ -48,7 +48,7 @@ fn data(state: &State, value: Value) -> Result<Value, Error> {
 fn keep(state: &State, value: Value, objects: Objects) -> Result<Value, Error> {
     let mut visited = 0;
     let kept = bounded(state, &value, objects, 0, &mut visited);
-    state.consume_fuel(visited / 8)?;
+    state.consume_fuel(visited)?;
     Ok(kept?.unwrap_or(value))
 }
 
@@ -67,7 +67,7 @@ fn bounded(
     }
     *visited += 1;
     if *visited > 1024 {
-        state.consume_fuel(std::mem::take(visited) / 8)?;
+        state.consume_fuel(std::mem::take(visited))?;
     }
     let mut each = |value: &Value| bounded(state, value, objects, depth + 1, visited);
     match value.kind() {

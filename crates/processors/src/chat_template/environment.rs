@@ -20,7 +20,7 @@ use super::{bounds, json, methods, strftime};
 use crate::Error as CrateError;
 
 /// Instructions, and 64 bytes of produced data each, that one rendering may cost beside its input.
-const FUEL: u64 = 8_000_000;
+const FUEL: u64 = 2_000_000;
 /// Longest text that a template may write beyond 16 times its input.
 const MAX_OUTPUT: usize = 32 << 20;
 /// Name of the filter around the values of a loop.
@@ -127,7 +127,7 @@ pub(super) fn render(
     );
 
     let mut env = env.clone();
-    env.set_fuel(Some(FUEL.saturating_add(input as u64)));
+    env.set_fuel(Some(FUEL.saturating_add(2 * input as u64)));
     let mut writer = Bounded {
         text: Vec::new(),
         limit: MAX_OUTPUT.saturating_add(input.saturating_mul(16)),
