@@ -16,23 +16,33 @@ pub mod registry;
 
 mod layer_types;
 
+pub mod bloom;
 pub mod cohere;
 pub mod deepseek_v3;
+pub mod falcon;
 pub mod gemma;
 pub mod gemma2;
 pub mod gemma3_text;
+pub mod gpt2;
+pub mod gpt_neox;
 pub mod gpt_oss;
+pub mod gptj;
 pub mod granite;
 pub mod llama;
 pub mod mistral;
 pub mod mixtral;
+pub mod mpt;
 pub mod olmo2;
+pub mod opt;
+pub mod phi;
 pub mod phi3;
 pub mod qwen2;
 pub mod qwen2_moe;
 pub mod qwen3;
 pub mod qwen3_moe;
 pub mod smollm3;
+pub mod stablelm;
+pub mod starcoder2;
 
 pub use auto::{AutoConfig, AutoModelForCausalLM};
 pub use error::Error;

@@ -84,18 +84,28 @@ macro_rules! architectures {
 }
 
 architectures! {
+    /// BLOOM.
+    Bloom(bloom) = "bloom";
     /// Command R.
     Cohere(cohere) = "cohere";
     /// DeepSeek-V3 and R1.
     DeepseekV3(deepseek_v3) = "deepseek_v3";
+    /// Falcon.
+    Falcon(falcon) = "falcon";
     /// Gemma.
     Gemma(gemma) = "gemma";
     /// Gemma 2.
     Gemma2(gemma2) = "gemma2";
     /// Gemma 3's language model.
     Gemma3Text(gemma3_text) = "gemma3_text";
+    /// GPT-2.
+    Gpt2(gpt2) = "gpt2";
+    /// GPT-NeoX and Pythia.
+    GptNeoX(gpt_neox) = "gpt_neox";
     /// gpt-oss.
     GptOss(gpt_oss) = "gpt_oss";
+    /// GPT-J.
+    GptJ(gptj) = "gptj";
     /// Granite.
     Granite(granite) = "granite";
     /// Llama.
@@ -104,8 +114,14 @@ architectures! {
     Mistral(mistral) = "mistral";
     /// Mixtral.
     Mixtral(mixtral) = "mixtral";
+    /// MPT.
+    Mpt(mpt) = "mpt";
     /// OLMo 2.
     Olmo2(olmo2) = "olmo2";
+    /// OPT.
+    Opt(opt) = "opt";
+    /// Phi-1 and Phi-2.
+    Phi(phi) = "phi";
     /// Phi-3 and Phi-4.
     Phi3(phi3) = "phi3";
     /// Qwen2 and Qwen2.5.
@@ -118,4 +134,8 @@ architectures! {
     Qwen3Moe(qwen3_moe) = "qwen3_moe";
     /// SmolLM3.
     SmolLm3(smollm3) = "smollm3";
+    /// StableLM.
+    StableLm(stablelm) = "stablelm";
+    /// StarCoder2.
+    StarCoder2(starcoder2) = "starcoder2";
 }

@@ -103,9 +103,22 @@ pub struct PerHeadNorm {
 }
 
 impl PerHeadNorm {
-    /// Layer norm without bias over each head, with `weight` `[heads, head_dim]`.
+    /// Layer norm without bias over each head, with `weight` `[heads, head_dim]`, or `norms.0.weight` and so on
+    /// `[head_dim]` where each head's is stored apart.
     pub fn load_layer_norm(w: &Weights, heads: usize, head_dim: usize, eps: f64) -> Result<Self> {
-        let weight = w.param("weight", [heads, head_dim], Init::Ones)?;
+        let weight = if w.is_stored("norms.0.weight") {
+            let rows = (0..heads).map(|head| {
+                w.pp("norms")
+                    .pp(head)
+                    .param::<1>("weight", [head_dim], Init::Ones)
+            });
+            let rows = rows
+                .map(|row| Ok(row?.val().unsqueeze::<2>()))
+                .collect::<Result<Vec<_>>>()?;
+            Param::from_tensor(Tensor::cat(rows, 0))
+        } else {
+            w.param("weight", [heads, head_dim], Init::Ones)?
+        };
         Ok(Self {
             weight,
             norm: LayerNorm::unweighted(eps).into(),
