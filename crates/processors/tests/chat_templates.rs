@@ -145,3 +145,44 @@ fn features_of_jinja() {
         failures.join("\n")
     );
 }
+
+/// Command R brings a template for tools and one for documents beside its default.
+#[test]
+fn named_templates() {
+    let input = json("cases.json");
+    let source =
+        |name: &str| std::fs::read_to_string(fixtures().join(format!("templates/{name}.jinja"))).unwrap();
+    let named = [
+        ("default", "cohere2"),
+        ("tool_use", "command_a_tool_use"),
+        ("rag", "command_a_rag"),
+    ];
+    let template = ChatTemplate::named(named.map(|(name, file)| (name.to_string(), source(file))))
+        .unwrap()
+        .with_special_tokens(input["special"].as_object().unwrap().clone());
+    assert_eq!(
+        template.names().collect::<Vec<_>>(),
+        ["default", "tool_use", "rag"]
+    );
+    for (case, name, file) in [
+        ("system", None, "cohere2"),
+        ("tools", None, "command_a_tool_use"),
+        ("documents", Some("rag"), "command_a_rag"),
+        ("tools", Some("default"), "cohere2"),
+    ] {
+        let case_input = &input["cases"][case];
+        let mut options = options(case_input["options"].as_object().unwrap());
+        options.template = name.map(str::to_owned);
+        let text = template
+            .render(case_input["messages"].as_array().unwrap(), &options)
+            .unwrap();
+        assert_eq!(text, json(&format!("golden/{file}.json"))[case]["text"]);
+    }
+    let missing = RenderOptions {
+        template: Some("nope".into()),
+        ..RenderOptions::default()
+    };
+    let message = [serde_json::json!({"role": "user", "content": "x"})];
+    let error = template.render(&message, &missing).unwrap_err().to_string();
+    assert!(error.contains("nope") && error.contains("tool_use"), "{error}");
+}

@@ -71,15 +71,15 @@ fn sources(files: &ModelFiles) -> Result<IndexMap<String, String>> {
             _ => {}
         }
     }
-    if found.is_empty() {
-        if let Some(metadata) = files.gguf_metadata()? {
-            for (key, value) in metadata.iter() {
-                if let (Some(name), GgufValue::String(source)) =
-                    (key.strip_prefix("tokenizer.chat_template"), value)
-                {
-                    let name = name.strip_prefix('.').unwrap_or("default");
-                    found.insert(name.to_owned(), source.clone());
-                }
+    if found.is_empty()
+        && let Some(metadata) = files.gguf_metadata()?
+    {
+        for (key, value) in metadata.iter() {
+            if let (Some(name), GgufValue::String(source)) =
+                (key.strip_prefix("tokenizer.chat_template"), value)
+            {
+                let name = name.strip_prefix('.').unwrap_or("default");
+                found.insert(name.to_owned(), source.clone());
             }
         }
     }

@@ -33,7 +33,7 @@ impl ControlTokens {
             .map(Into::into)
             .filter(|t: &String| !t.is_empty())
             .collect();
-        tokens.sort_by(|a, b| b.chars().count().cmp(&a.chars().count()));
+        tokens.sort_by_key(|token| std::cmp::Reverse(token.chars().count()));
         Self { tokens }
     }
 
