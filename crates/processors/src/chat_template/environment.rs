@@ -1,8 +1,12 @@
 //! The template environment of Transformers: Jinja2's immutable sandbox, on minijinja.
 //!
-//! Where it still differs from Python: no `%` on strings (the `format` filter is there), no `truncate` and
-//! `urlencode` filters, values of different types are ordered instead of refused, and floats beyond 1e16 are
-//! written out in full inside containers and by `~`.
+//! Where it still differs from Python:
+//!
+//! - there is no `%` on strings (the `format` filter is there) and no `truncate` and `urlencode` filter;
+//! - `d.items` without a call is the key `items` of `d`, not the method;
+//! - text added to a `safe` text is not escaped, and lazy results of filters count as lists in `tojson`;
+//! - values of different types are ordered instead of refused;
+//! - floats beyond 1e16 are written out in full inside containers and by `~`.
 
 use std::collections::BTreeMap;
 use std::fmt;
