@@ -61,6 +61,11 @@ impl AutoConfig {
             .and_then(Value::as_str)
             .ok_or_else(|| bad("`model_type` is missing".to_string()))?
             .to_string();
+        if let Some((field, number)) = out_of_range(&json, "") {
+            return Err(bad(format!(
+                "`{field}` is {number}, more than anything in a model can be"
+            )));
+        }
         // Fields written as null mean their default.
         let mut fields = json.clone();
         if let Value::Object(map) = &mut fields {
@@ -79,6 +84,23 @@ impl AutoConfig {
                 supported: MODEL_TYPES.to_vec(),
             }),
         }
+    }
+}
+
+/// The first whole number that no size or count can be, so that sizes can be multiplied without a second thought.
+fn out_of_range(json: &Value, place: &str) -> Option<(String, u64)> {
+    const LIMIT: u64 = i32::MAX as u64;
+    match json {
+        Value::Number(number) => {
+            let number = number.as_u64().filter(|number| *number > LIMIT)?;
+            Some((place.to_string(), number))
+        }
+        Value::Object(map) => (map.iter())
+            // The base of rotary frequencies is a float that may be written as a whole number.
+            .filter(|(key, _)| !key.contains("theta"))
+            .find_map(|(key, value)| out_of_range(value, if place.is_empty() { key } else { place })),
+        Value::Array(list) => list.iter().find_map(|value| out_of_range(value, place)),
+        _ => None,
     }
 }
 

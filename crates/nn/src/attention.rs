@@ -8,6 +8,10 @@ use burn::tensor::{Bool, Tensor};
 use crate::context::Mask;
 use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
 
+/// More heads, or wider ones, than any model has.
+pub(crate) const MAX_HEADS: usize = 1 << 14;
+pub(crate) const MAX_HEAD_DIM: usize = 1 << 14;
+
 /// Numbers and switches of an attention layer.
 #[derive(Debug, Clone)]
 pub struct AttentionConfig {
@@ -59,8 +63,8 @@ impl AttentionConfig {
     /// Names the field of the configuration that does not fit.
     pub fn check(&self) -> Result<()> {
         let (heads, kv_heads) = (self.num_heads, self.num_kv_heads);
-        if heads == 0 || self.head_dim == 0 {
-            let message = format!("{heads} heads of width {} attend to nothing", self.head_dim);
+        if !(1..=MAX_HEADS).contains(&heads) || !(1..=MAX_HEAD_DIM).contains(&self.head_dim) {
+            let message = format!("there cannot be {heads} heads of width {}", self.head_dim);
             return Err(Error::config("num_attention_heads", message));
         }
         if kv_heads == 0 || heads % kv_heads != 0 {
@@ -154,6 +158,7 @@ impl Attention {
 
     /// Loads four layers by the names `[query, key, value, output]`.
     pub fn load_named(w: &Weights, [q, k, v, o]: [&str; 4], config: AttentionConfig) -> Result<Self> {
+        config.check()?;
         let linear = |name: &str, heads: usize| {
             Linear::load(
                 &w.pp(name),
@@ -183,12 +188,12 @@ impl Attention {
     }
 
     fn fused(w: &Weights, config: &AttentionConfig) -> Result<Linear> {
+        config.check()?;
         let rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
         Linear::load(w, config.hidden_size, rows, config.qkv_bias)
     }
 
     fn with_projection(w: &Weights, qkv: Projection, o: &str, config: AttentionConfig) -> Result<Self> {
-        config.check()?;
         let width = config.num_heads * config.head_dim;
         let o_proj = Linear::load(&w.pp(o), width, config.hidden_size, config.out_bias)?;
         Ok(Self::new(qkv, o_proj, config))

@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::ops::AttentionModuleOptions;
 
-use crate::attention::scaled_dot_product_attention;
+use crate::attention::{MAX_HEAD_DIM, MAX_HEADS, scaled_dot_product_attention};
 use crate::{Context, Error, Linear, Result, RmsNorm, Rope, Weights};
 
 /// Numbers and switches of a latent attention layer.
@@ -53,11 +53,14 @@ impl LatentAttention {
     pub fn load(w: &Weights, c: LatentAttentionConfig) -> Result<Self> {
         // The norms of the latents have an epsilon of their own, which no configuration names.
         const EPS: f64 = 1e-6;
-        if c.num_heads == 0 || c.kv_lora_rank == 0 || c.v_head_dim == 0 {
-            return Err(Error::config(
-                "num_attention_heads",
-                "heads of width 0 attend to nothing",
-            ));
+        let dims = [c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim];
+        if !(1..=MAX_HEADS).contains(&c.num_heads) || dims.iter().any(|dim| !(1..=MAX_HEAD_DIM).contains(dim))
+        {
+            let message = format!("there cannot be {} heads of widths {dims:?}", c.num_heads);
+            return Err(Error::config("num_attention_heads", message));
+        }
+        if c.kv_lora_rank == 0 || c.q_lora_rank == Some(0) {
+            return Err(Error::config("kv_lora_rank", "a latent of width 0 holds nothing"));
         }
         let (hidden, heads) = (c.hidden_size, c.num_heads);
         let q_width = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);

@@ -158,7 +158,7 @@ impl Rope {
         max_position_embeddings: usize,
         interleaved: bool,
     ) -> Result<Self> {
-        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || rotary_dim > crate::attention::MAX_HEAD_DIM {
             return Err(Error::config(
                 "head_dim",
                 format!("cannot rotate {rotary_dim} dimensions in pairs"),
