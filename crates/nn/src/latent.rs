@@ -6,7 +6,6 @@ use burn::tensor::Tensor;
 use burn::tensor::ops::AttentionModuleOptions;
 
 use crate::attention::{MAX_HEAD_DIM, MAX_HEADS, scaled_dot_product_attention};
-use crate::context::Mask;
 use crate::{Context, Error, Linear, Result, RmsNorm, Rope, Weights};
 
 /// Numbers and switches of a latent attention layer.
@@ -113,55 +112,19 @@ impl LatentAttention {
             rotate(k_rotated.reshape([batch, 1, seq, rotated])),
         );
 
+        let keys = latent.dims()[2];
+        let kv = (self.kv_b_proj.forward(latent))
+            .reshape([batch, keys, heads, nope + c.v_head_dim])
+            .swap_dims(1, 2);
+        let k_rotated = k_rotated.expand([batch, heads, keys, rotated]);
+        let k = Tensor::cat(vec![kv.clone().narrow(3, 0, nope), k_rotated], 3);
+        let v = kv.narrow(3, nope, c.v_head_dim);
         let options = AttentionModuleOptions {
             scale: Some(c.scale),
             softcap: None,
             is_causal: false,
         };
-        let out = if seq == 1 {
-            self.attend_latents(q, latent, k_rotated, mask, options)
-        } else {
-            let (k, v) = self.expand(latent, k_rotated);
-            scaled_dot_product_attention(q, k, v, mask, None, None, options)
-        };
+        let out = scaled_dot_product_attention(q, k, v, mask, None, None, options);
         (self.o_proj).forward(out.swap_dims(1, 2).reshape([batch, seq, heads * c.v_head_dim]))
-    }
-
-    /// Keys and values of all heads, from latents `[batch, 1, keys, kv_lora_rank]` and the shared rotated part of
-    /// the keys.
-    fn expand(&self, latent: Tensor<4>, k_rotated: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let c = &self.config;
-        let [batch, _, keys, _] = latent.dims();
-        let (heads, nope) = (c.num_heads, c.qk_nope_head_dim);
-        let kv = (self.kv_b_proj.forward(latent))
-            .reshape([batch, keys, heads, nope + c.v_head_dim])
-            .swap_dims(1, 2);
-        let k_rotated = k_rotated.expand([batch, heads, keys, c.qk_rope_head_dim]);
-        let k = Tensor::cat(vec![kv.clone().narrow(3, 0, nope), k_rotated], 3);
-        (k, kv.narrow(3, nope, c.v_head_dim))
-    }
-
-    /// Attention without expanding the cache, for a single token: the projection of keys moves to the query, that of
-    /// values behind the mixture, and all heads attend to the latents as one key/value head.
-    fn attend_latents(
-        &self,
-        q: Tensor<4>,
-        latent: Tensor<4>,
-        k_rotated: Tensor<4>,
-        mask: Mask,
-        options: AttentionModuleOptions,
-    ) -> Tensor<4> {
-        let c = &self.config;
-        let (nope, rank) = (c.qk_nope_head_dim, c.kv_lora_rank);
-        let weight = self.kv_b_proj.weight.values(&q.device()).cast(q.dtype());
-        let weight = weight.reshape([1, c.num_heads, nope + c.v_head_dim, rank]);
-        let q_latent = q
-            .clone()
-            .narrow(3, 0, nope)
-            .matmul(weight.clone().narrow(2, 0, nope));
-        let q = Tensor::cat(vec![q_latent, q.narrow(3, nope, c.qk_rope_head_dim)], 3);
-        let k = Tensor::cat(vec![latent.clone(), k_rotated], 3);
-        let mixed = scaled_dot_product_attention(q, k, latent, mask, None, None, options);
-        mixed.matmul(weight.narrow(2, nope, c.v_head_dim).swap_dims(2, 3))
     }
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use oxiformers_kernels::{PackedMatrix, packed_linear};
 
 use crate::{Error, Init, Result, Weights};
@@ -58,14 +58,6 @@ impl Matrix {
                 y.reshape(dims)
             }
             (None, None) => x,
-        }
-    }
-
-    /// All values as a dense tensor `[out_features, in_features]`.
-    pub fn values(&self, device: &Device) -> Tensor<2> {
-        match (&self.packed, &self.dense) {
-            (None, Some(dense)) => dense.val(),
-            _ => self.rows(Tensor::arange(0..self.shape()[0] as i64, device)),
         }
     }
 

@@ -151,11 +151,13 @@ fn template(
 /// Merges that a vocabulary with priorities implies: each way to put a token together out of two others, the
 /// token of the highest priority first. Priorities are scores (SentencePiece).
 pub(super) fn merges_by_score(
+    file: &str,
     vocab: &ahash::AHashMap<String, u32>,
     pieces: impl Iterator<Item = (String, f64)>,
-) -> Vec<(String, String)> {
+) -> Result<Vec<(String, String)>> {
     let mut merges = Vec::new();
     for (piece, score) in pieces {
+        check::length(file, piece.len())?;
         for (at, _) in piece.char_indices().skip(1) {
             let (left, right) = piece.split_at(at);
             if let (Some(l), Some(r)) = (vocab.get(left), vocab.get(right)) {
@@ -164,8 +166,8 @@ pub(super) fn merges_by_score(
         }
     }
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-    merges
+    Ok(merges
         .into_iter()
         .map(|(.., left, right)| (left, right))
-        .collect()
+        .collect())
 }

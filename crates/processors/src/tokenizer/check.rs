@@ -47,6 +47,20 @@ pub(super) fn merges<'a>(
     Ok(())
 }
 
+/// Longest token that merges are derived for, in bytes. Real ones stay below a few hundred.
+const LONGEST: usize = 4096;
+
+/// Refuses a token so long that trying all ways to cut it in two would take for ever.
+pub(super) fn length(file: &str, bytes: usize) -> Result<()> {
+    if bytes <= LONGEST {
+        return Ok(());
+    }
+    Err(Error::format(
+        file,
+        format!("the vocabulary has a token of {bytes} bytes; {LONGEST} are the most"),
+    ))
+}
+
 /// Looks through a `tokenizer.json` for what its own reader would not survive.
 pub(super) fn tokenizer_json(file: &str, bytes: &[u8]) -> Result<()> {
     #[derive(Deserialize)]

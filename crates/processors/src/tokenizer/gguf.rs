@@ -221,7 +221,13 @@ impl Vocabulary<'_> {
             ("mask_token", "mask"),
         ];
         for ((role, key), default) in ROLES.into_iter().zip(defaults) {
-            if let Some(token) = self.special(key, default) {
+            // Newer files name `[CLS]` as the token that begins a sequence only.
+            let first = || self.special("bos", None).filter(|_| role == "cls_token");
+            if let Some(token) = self
+                .special(key, None)
+                .or_else(first)
+                .or_else(|| self.special(key, default))
+            {
                 config.default_token(role, token);
             }
         }
@@ -249,7 +255,10 @@ impl Vocabulary<'_> {
                 .ignore_merges(pre.ignore_merges)
                 .byte_fallback(!pre.byte_level)
         })?;
-        let assembly = Assembly::new(self.file, model);
+        let mut assembly = Assembly::new(self.file, model);
+        if pre.nfc {
+            assembly = assembly.normalizer(json!({"type": "NFC"}))?;
+        }
         let assembly = if pre.byte_level {
             assembly.byte_level(pre.splits)?
         } else {
@@ -279,7 +288,11 @@ impl Vocabulary<'_> {
             .zip(scores)
             .zip(kinds)
             .filter(|(_, kind)| *kind != kind::CONTROL);
-        let merges = merges_by_score(&vocab, pieces.map(|((token, score), _)| (token.clone(), score)));
+        let merges = merges_by_score(
+            self.file,
+            &vocab,
+            pieces.map(|((token, score), _)| (token.clone(), score)),
+        )?;
         let unknown = self.special("unknown", Some(0)).map(str::to_owned);
         let model = bpe(self.file, vocab, merges, |builder| {
             let builder = builder.byte_fallback(true).fuse_unk(true);

@@ -11,6 +11,8 @@ pub(super) struct PreTokenizer {
     pub ignore_merges: bool,
     /// BOS is put first unless the file says otherwise.
     pub add_bos: bool,
+    /// Text is composed first (Unicode's NFC). llama.cpp leaves that out.
+    pub nfc: bool,
     /// Text goes through GPT-2's byte alphabet; otherwise spaces become `▁` and the rest stays as it is.
     pub byte_level: bool,
 }
@@ -110,6 +112,10 @@ pub(super) fn named(name: &str) -> Option<PreTokenizer> {
                 | "jina-v5-nano"
                 | "tekken"
                 | "gemma4"
+        ),
+        nfc: matches!(
+            name,
+            "qwen2" | "qwen35" | "command-r" | "cohere2moe" | "tiny_aya" | "mpt" | "olmo"
         ),
         byte_level: !matches!(name, "gemma4" | "granite-embed-multi-311m" | "sarvam-moe"),
     })

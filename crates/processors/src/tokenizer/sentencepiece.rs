@@ -156,7 +156,7 @@ fn build(file: &str, model: Model, config: &mut TokenizerConfig) -> Result<Token
                 .iter()
                 .zip(&pieces)
                 .filter(|(piece, _)| matches!(kind(piece), 1 | 4));
-            let merges = merges_by_score(&vocab, normal.map(|(_, piece)| piece.clone()));
+            let merges = merges_by_score(file, &vocab, normal.map(|(_, piece)| piece.clone()))?;
             let unknown = piece_at(unk_id);
             let model = bpe(file, vocab, merges, |builder| {
                 let builder = builder.byte_fallback(byte_fallback).fuse_unk(true);
@@ -219,16 +219,19 @@ impl Normalization<'_> {
             let map = base64::engine::general_purpose::STANDARD.encode(self.charsmap);
             steps.push(json!({"type": "Precompiled", "precompiled_charsmap": map}));
         }
+        let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
         if self.remove_extra_whitespaces {
-            steps.push(json!({"type": "Strip", "strip_left": true, "strip_right": true}));
-            steps.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
+            steps.push(replace(json!({"String": "▁"}), " "));
+            steps.push(replace(json!({"Regex": "^ +| +$"}), ""));
+            steps.push(replace(json!({"Regex": " {2,}"}), " "));
         }
-        let scheme = if self.add_dummy_prefix { "first" } else { "never" };
+        if self.add_dummy_prefix {
+            // Also before a text that begins with a space; the Metaspace step would leave that one out.
+            steps.push(json!({"type": "Prepend", "prepend": "▁"}));
+        }
+        steps.push(replace(json!({"String": " "}), "▁"));
         assembly
             .normalizer(json!({"type": "Sequence", "normalizers": steps}))?
-            .pre_tokenizer(json!({
-                "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false
-            }))?
             .sentencepiece_decoder(self.add_dummy_prefix)
     }
 }

@@ -9,9 +9,9 @@ use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use super::assemble::Assembly;
-use super::bytes;
 use super::config::TokenizerConfig;
 use super::legacy::bpe;
+use super::{bytes, check};
 use crate::{Error, Result};
 
 /// The pattern of GPT-4's and most later vocabularies, for files that carry none.
@@ -151,6 +151,7 @@ fn build(
         .collect();
     let mut merges = Vec::new();
     for (token, rank) in &ranks {
+        check::length(file, token.len())?;
         for at in 1..token.len() {
             let (left, right) = token.split_at(at);
             if let (Some(l), Some(r)) = (by_bytes.get(left), by_bytes.get(right)) {
