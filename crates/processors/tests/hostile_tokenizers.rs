@@ -22,10 +22,12 @@ unsafe impl GlobalAlloc for Bounded {
         if layout.size() > LARGEST {
             return std::ptr::null_mut();
         }
+        // SAFETY: as the caller has promised.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as the caller has promised.
         unsafe { System.dealloc(at, layout) }
     }
 }
@@ -51,8 +53,10 @@ const FILES: [(&str, &str); 14] = [
     ("bert", "vocab.txt"),
 ];
 
-/// What each file says when it is whole, and the files that belong to it.
-static WHOLE: LazyLock<Vec<(&str, Vec<u8>, Vec<(String, Bytes)>)>> = LazyLock::new(|| {
+/// A file's name, what it says when it is whole, and the files that belong to it.
+type Whole = (&'static str, Vec<u8>, Vec<(String, Bytes)>);
+
+static WHOLE: LazyLock<Vec<Whole>> = LazyLock::new(|| {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
     let read = |folder: &str, file: &str| std::fs::read(fixtures.join(folder).join(file)).ok();
     FILES

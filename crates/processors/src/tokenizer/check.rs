@@ -132,7 +132,7 @@ pub(super) fn charsmap(file: &str, bytes: &[u8]) -> Result<()> {
         .iter()
         .map(|unit| u32::from_le_bytes(*unit) as usize)
         .collect();
-    if size % 4 != 0 || units.is_empty() || units.len() % 256 != 0 {
+    if !size.is_multiple_of(4) || units.is_empty() || !units.len().is_multiple_of(256) {
         return Err(broken("the trie is not made of whole blocks"));
     }
     for (at, unit) in units.iter().enumerate() {

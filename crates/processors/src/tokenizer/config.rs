@@ -102,10 +102,9 @@ impl TokenizerConfig {
             if role.ends_with("_token")
                 && !role.starts_with("add_")
                 && !config.special_tokens.contains_key(role)
+                && let Some(token) = content(token)
             {
-                if let Some(token) = content(token) {
-                    config.special_tokens.insert(role.clone(), token);
-                }
+                config.special_tokens.insert(role.clone(), token);
             }
         }
         if let Some(added) = json.get("added_tokens_decoder").and_then(Value::as_object) {

@@ -129,10 +129,11 @@ fn after(tokenizer: &Tokenizer, last: Option<u32>, ids: &[u32]) -> Result<String
 fn incomplete(bytes: &[u8]) -> usize {
     // A character has four bytes at most, so only the last three can lack something.
     for tail in 1..=bytes.len().min(3) {
-        if let Err(error) = std::str::from_utf8(&bytes[bytes.len() - tail..]) {
-            if error.valid_up_to() == 0 && error.error_len().is_none() {
-                return tail;
-            }
+        if let Err(error) = std::str::from_utf8(&bytes[bytes.len() - tail..])
+            && error.valid_up_to() == 0
+            && error.error_len().is_none()
+        {
+            return tail;
         }
     }
     0
