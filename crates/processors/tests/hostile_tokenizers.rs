@@ -9,7 +9,7 @@ use bytes::Bytes;
 use oxiformers_hub::ModelFiles;
 use oxiformers_processors::Tokenizer;
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Refuses what no fixture needs, so that memory asked for by a broken length field ends the test.
 struct Bounded;
@@ -120,8 +120,8 @@ fn every_cut_is_an_error_or_a_tokenizer() {
     }
 }
 
-/// A change to a file: at which part of it, how many bytes go, what comes in their place.
-fn changes() -> impl Strategy<Value = Vec<(f64, usize, Vec<u8>)>> {
+/// A change to a file: at which part of it, how many bytes go (else as many as come), what comes.
+fn changes() -> impl Strategy<Value = Vec<(f64, Option<usize>, Vec<u8>)>> {
     let numbers = prop_oneof![
         proptest::collection::vec(any::<u8>(), 0..5),
         // Length fields of 2^63 and more, as the formats write them.
@@ -133,11 +133,11 @@ fn changes() -> impl Strategy<Value = Vec<(f64, usize, Vec<u8>)>> {
         Just(b"1e999".to_vec()),
         Just(b"\"".to_vec()),
     ];
-    proptest::collection::vec((0.0..1.0f64, 0..9usize, numbers), 1..4)
+    proptest::collection::vec((0.0..1.0f64, proptest::option::of(0..9usize), numbers), 1..4)
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(192) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
 
     #[test]
     fn changed_bytes_are_an_error_or_a_tokenizer(at in 0..FILES.len(), changes in changes()) {
@@ -145,10 +145,25 @@ proptest! {
         let mut content = content.clone();
         for (part, gone, new) in changes {
             let from = (content.len() as f64 * part) as usize;
-            let to = (from + gone).min(content.len());
+            let to = (from + gone.unwrap_or(new.len())).min(content.len());
             content.splice(from..to, new);
         }
         if let Ok(tokenizer) = load(file, content, beside) {
+            exercise(&tokenizer);
+        }
+    }
+
+    #[test]
+    fn changed_json_is_an_error_or_a_tokenizer(at in 0..FILES.len(), spots in proptest::collection::vec((0.0..1.0f64, 0..12usize), 1..4)) {
+        let (file, content, beside) = &WHOLE[at];
+        let Ok(mut json) = serde_json::from_slice::<Value>(content) else { return Ok(()) };
+        for (spot, with) in spots {
+            // Half of the spots lie outside of the long lists, where a change does more.
+            let short = with % 2 == 0;
+            let mut left = (count(&json, short) as f64 * spot) as usize;
+            replace(&mut json, short, &mut left, &values()[with]);
+        }
+        if let Ok(tokenizer) = load(file, json.to_string().into_bytes(), beside) {
             exercise(&tokenizer);
         }
     }
@@ -160,6 +175,57 @@ proptest! {
             exercise(&tokenizer);
         }
     }
+}
+
+/// What stands in the place of a value.
+fn values() -> [Value; 12] {
+    [
+        Value::Null,
+        json!(-1),
+        json!(0),
+        json!(u64::MAX),
+        json!(u32::MAX),
+        json!(1e300),
+        json!(true),
+        json!(""),
+        json!("▁a "),
+        json!([]),
+        json!({}),
+        json!("(?:a*)*$"),
+    ]
+}
+
+/// Values inside of a value; of long lists and objects only the first few if `short`.
+fn inside(json: &mut Value, short: bool) -> Vec<&mut Value> {
+    let some = if short { 8 } else { usize::MAX };
+    match json {
+        Value::Array(values) => values.iter_mut().take(some).collect(),
+        Value::Object(fields) => fields.iter_mut().take(some).map(|(_, value)| value).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn count(json: &Value, short: bool) -> usize {
+    let mut json = json.clone();
+    fn go(json: &mut Value, short: bool) -> usize {
+        1 + inside(json, short)
+            .into_iter()
+            .map(|value| go(value, short))
+            .sum::<usize>()
+    }
+    go(&mut json, short)
+}
+
+/// Replaces the value that `left` counts down to.
+fn replace(json: &mut Value, short: bool, left: &mut usize, with: &Value) -> bool {
+    if *left == 0 {
+        *json = with.clone();
+        return true;
+    }
+    *left -= 1;
+    inside(json, short)
+        .into_iter()
+        .any(|value| replace(value, short, left, with))
 }
 
 fn refused(file: &str, content: impl Into<Vec<u8>>) -> String {
@@ -190,6 +256,22 @@ fn errors_name_file_and_field() {
         "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
     });
     assert!(refused("tokenizer.json", charsmap.to_string()).contains("precompiled_charsmap"));
+    let template = |single: Value| {
+        json!({
+            "post_processor": {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}},
+            "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+        })
+        .to_string()
+    };
+    let unknown = template(json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}]));
+    assert!(refused("tokenizer.json", unknown).contains("special_tokens"));
+    let second = template(json!([{"Sequence": {"id": "B", "type_id": 0}}]));
+    assert!(refused("tokenizer.json", second).contains("single"));
+    let long = "a".repeat(1 << 20);
+    let piece = [&[0x0A, 0x84, 0x80, 0x40, 0x0A, 0x80, 0x80, 0x40], long.as_bytes()].concat();
+    // trainer_spec.model_type = 2: BPE, for which every way to cut a piece would be tried.
+    let bpe = [piece.as_slice(), &[0x12, 0x02, 0x18, 0x02]].concat();
+    assert!(refused("tokenizer.model", bpe).contains("4096"));
     assert!(refused("vocab.txt", "a\nb\n").contains("vocab.txt"));
     assert!(refused("README.md", "").contains("tokenizer"));
 }

@@ -67,6 +67,8 @@ pub(super) fn tokenizer_json(file: &str, bytes: &[u8]) -> Result<()> {
     struct Outline<'a> {
         #[serde(default)]
         normalizer: Value,
+        #[serde(default)]
+        post_processor: Value,
         #[serde(borrow)]
         model: Model<'a>,
     }
@@ -90,27 +92,61 @@ pub(super) fn tokenizer_json(file: &str, bytes: &[u8]) -> Result<()> {
         .collect::<Option<Vec<_>>>();
     let pairs = pairs.ok_or_else(|| Error::format(file, "model.merges: not pairs of tokens"))?;
     merges(file, outline.model.vocab.0, &prefix, pairs.into_iter())?;
-    normalizer(file, &outline.normalizer)
+    normalizer(file, &outline.normalizer)?;
+    post_processor(file, &outline.post_processor)
+}
+
+/// Checks that the special tokens which a template puts around texts are those that it describes.
+fn post_processor(file: &str, description: &Value) -> Result<()> {
+    let pieces = ["single", "pair"]
+        .into_iter()
+        .flat_map(|name| inner(description, name));
+    for token in pieces.filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str()) {
+        let known = description
+            .get("special_tokens")
+            .is_some_and(|tokens| tokens.get(token).is_some());
+        if !known {
+            return Err(Error::format(
+                file,
+                format!("post_processor.special_tokens does not describe {token:?}"),
+            ));
+        }
+    }
+    // A single text has no second one.
+    let second = inner(description, "single")
+        .filter_map(|piece| piece.get("Sequence")?.get("id"))
+        .any(|id| id != "A");
+    if second {
+        return Err(Error::format(
+            file,
+            "post_processor.single: the only sequence is \"A\"",
+        ));
+    }
+    inner(description, "processors").try_for_each(|inner| post_processor(file, inner))
+}
+
+/// The parts of a sequence of parts.
+fn inner<'a>(description: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {
+    description
+        .get(name)
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
 }
 
 /// Checks the character maps in a normalizer, however deep.
 fn normalizer(file: &str, description: &Value) -> Result<()> {
-    if let Some(map) = description.get("precompiled_charsmap").and_then(Value::as_str) {
+    if let Some(map) = description.get("precompiled_charsmap") {
+        let map = map
+            .as_str()
+            .ok_or_else(|| Error::format(file, "precompiled_charsmap is not a text"))?;
         use base64::Engine;
         let bytes = base64::engine::general_purpose::STANDARD
             .decode(map)
             .map_err(|e| Error::format(file, format!("precompiled_charsmap: {e}")))?;
         charsmap(file, &bytes)?;
     }
-    for inner in description
-        .get("normalizers")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-    {
-        normalizer(file, inner)?;
-    }
-    Ok(())
+    inner(description, "normalizers").try_for_each(|inner| normalizer(file, inner))
 }
 
 /// Checks a `precompiled_charsmap`: `u32` length of the trie in bytes, the trie (a double array of `u32` units
