@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use bytes::Bytes;
 use oxiformers_hub::ModelFiles;
 use oxiformers_processors::Tokenizer;
+use oxiformers_processors::tokenizer::PaddingSide;
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -251,10 +252,66 @@ fn the_real_smollm2_equals_llama_cpp() {
     let (count, wrong) = compare(&golden("smollm2_real"), "", &tokenizer, true);
     println!("{count} comparisons");
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert_eq!(tokenizer.bos_token(), Some("<|im_start|>"));
+    assert_eq!(tokenizer.eos_token(), Some("<|im_end|>"));
     // Digits stand alone: the space, the zero and the full stop are three tokens.
     let ids = tokenizer.encode("\n\n  0.", false).unwrap();
     let tokens: Vec<_> = ids.iter().map(|id| tokenizer.id_to_token(*id).unwrap()).collect();
     assert!(tokens.contains(&"0".to_owned()), "{tokens:?}");
+}
+
+#[test]
+fn pairs_and_batches() {
+    for (name, tokenizer) in ALL.iter().filter(|(name, _)| name.starts_with("bert")) {
+        let (cls, sep) = (
+            tokenizer.token_to_id("[CLS]").unwrap(),
+            tokenizer.token_to_id("[SEP]").unwrap(),
+        );
+        let first = tokenizer.encode("the fox", false).unwrap();
+        let second = tokenizer.encode("jumps over dogs", false).unwrap();
+        let pair = tokenizer.encode_pair("the fox", "jumps over dogs", true).unwrap();
+        let expected = [&[cls], first.as_slice(), &[sep], second.as_slice(), &[sep]].concat();
+        assert_eq!(pair.ids, expected, "{name}");
+        let types = [vec![0; first.len() + 2], vec![1; second.len() + 1]].concat();
+        assert_eq!(pair.token_type_ids, types, "{name}");
+        // A tokenizer.json alone does not say which token fills rows.
+        if name.ends_with("tokenizer.json") {
+            assert_eq!(tokenizer.pad_token(), None);
+            continue;
+        }
+        assert_eq!(tokenizer.pad_token(), Some("[PAD]"), "{name}");
+        for (side, at) in [(PaddingSide::Left, 0), (PaddingSide::Right, 1)] {
+            let texts = ["the fox", "the fox jumps over dogs"];
+            let batch = tokenizer.encode_batch(&texts, true, Some(side)).unwrap();
+            let width = batch.input_ids[1].len();
+            let short = first.len() + 2;
+            let mask: &[Vec<u32>] = &[vec![0; width - short], vec![1; short]];
+            let mask = if at == 0 {
+                mask.concat()
+            } else {
+                [mask[1].clone(), mask[0].clone()].concat()
+            };
+            assert_eq!(batch.attention_mask[0], mask, "{name}");
+            assert_eq!(batch.attention_mask[1], vec![1; width], "{name}");
+            let padding = if at == 0 {
+                &batch.input_ids[0][..width - short]
+            } else {
+                &batch.input_ids[0][short..]
+            };
+            assert!(
+                padding.iter().all(|id| Some(*id) == tokenizer.pad_token_id()),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn padding_needs_a_token() {
+    let tokenizer = &ALL.iter().find(|(name, _)| name.starts_with("gpt2 ")).unwrap().1;
+    assert!(tokenizer.encode_batch(&["a", "a"], false, None).is_ok());
+    let error = tokenizer.encode_batch(&["a", "a b c"], false, None).unwrap_err();
+    assert!(error.to_string().contains("pad_token"), "{error}");
 }
 
 /// What a stream returns, piece by piece.
