@@ -38,7 +38,7 @@ static ALLOCATOR: Bounded = Bounded;
 /// Every kind of file with the settings beside it: folder, file.
 const FILES: [(&str, &str); 14] = [
     ("gpt2", "tokenizer.json"),
-    ("t5", "tokenizer.json"),
+    ("llama", "tokenizer.json"),
     ("bert", "tokenizer.json"),
     ("gpt2", "tokenizer.gguf"),
     ("llama", "tokenizer.gguf"),
