@@ -23,6 +23,12 @@ pub fn checkpoint(name: &str, data: &[u8]) {
     }
 }
 
+/// Lets panics unwind, to be called once before a target that reads tokenizers: the `tokenizers` crate panics on
+/// some inconsistent files, and our reader makes an error of that. A panic that nobody caught still ends the run.
+pub fn let_panics_unwind() {
+    drop(std::panic::take_hook());
+}
+
 /// Loads a tokenizer, and takes a text there and back.
 pub fn tokenizer(files: &ModelFiles) {
     let Ok(tokenizer) = Tokenizer::from_files(files) else {

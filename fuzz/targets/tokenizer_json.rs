@@ -1,7 +1,7 @@
 //! `tokenizer.json`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| oxiformers_fuzz::tokenizer(&oxiformers_fuzz::model(
+libfuzzer_sys::fuzz_target!(init: oxiformers_fuzz::let_panics_unwind(), |data: &[u8]| oxiformers_fuzz::tokenizer(&oxiformers_fuzz::model(
     "tokenizer.json",
     data
 )));

@@ -81,8 +81,10 @@ pub(super) fn tokenizer_json(file: &str, bytes: &[u8]) -> Result<()> {
         #[serde(default)]
         continuing_subword_prefix: Option<String>,
     }
+    // Bytes alone would let through what is no text in fields that this reader skips.
+    let text = std::str::from_utf8(bytes).map_err(|e| Error::format(file, format!("not UTF-8: {e}")))?;
     let outline: Outline<'_> =
-        serde_json::from_slice(bytes).map_err(|e| Error::format(file, format!("not a tokenizer: {e}")))?;
+        serde_json::from_str(text).map_err(|e| Error::format(file, format!("not a tokenizer: {e}")))?;
     let prefix = outline.model.continuing_subword_prefix.unwrap_or_default();
     let pairs = outline
         .model
