@@ -1,0 +1,164 @@
+//! Greedy and beam search return what Transformers' do; drafts and batches change nothing.
+
+use std::path::Path;
+
+use futures::executor::block_on;
+use oxiformers_generate::{Draft, FinishReason, GenerationConfig, Generator, Step};
+use oxiformers_hub::ModelFiles;
+use oxiformers_models::AutoModelForCausalLM;
+use oxiformers_nn::LoadOptions;
+use serde_json::Value;
+
+fn model(name: &str) -> AutoModelForCausalLM {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures").join(name);
+    let files = ModelFiles::from_dir(&path).unwrap();
+    AutoModelForCausalLM::from_files(&files, &LoadOptions::default()).unwrap()
+}
+
+fn config(json: Value) -> GenerationConfig {
+    GenerationConfig::from_json(json.as_object().unwrap().clone(), "test").unwrap()
+}
+
+#[test]
+fn sequences_and_scores() {
+    let model = model("llama");
+    let cases: Vec<Value> = serde_json::from_str(include_str!("fixtures/search.json")).unwrap();
+    let mut worst = 0f64;
+    for case in &cases {
+        let name = case["name"].as_str().unwrap();
+        let prompts: Vec<Vec<u32>> = serde_json::from_value(case["prompts"].clone()).unwrap();
+        let generator = Generator::new(&model, config(case["config"].clone()));
+        let results = block_on(generator.generate(&prompts)).unwrap();
+        let expected = case["results"].as_array().unwrap();
+        assert_eq!(results.len(), expected.len(), "{name}");
+        for (index, (ours, theirs)) in results.iter().zip(expected).enumerate() {
+            let ids: Vec<u32> = serde_json::from_value(theirs["ids"].clone()).unwrap();
+            assert_eq!(ours.ids, ids, "{name}: sequence {index}");
+            if let Some(score) = theirs["score"].as_f64() {
+                let difference = (f64::from(ours.score.unwrap()) - score).abs();
+                assert!(difference < 1e-4, "{name}: sequence {index}: {:?} instead of {score}", ours.score);
+                worst = worst.max(difference);
+            }
+        }
+    }
+    println!("{} cases, largest difference of scores {worst:e}", cases.len());
+}
+
+#[test]
+fn drafts_change_nothing() {
+    let (model, assistant) = (model("llama"), model("llama-linear"));
+    let prompt = vec![vec![5, 9, 5, 9, 5, 9, 7]];
+    let greedy = config(serde_json::json!({"max_new_tokens": 40, "eos_token_id": [999]}));
+    let plain = block_on(Generator::new(&model, greedy.clone()).generate(&prompt)).unwrap();
+    for draft in [Draft::PromptLookup, Draft::Assistant(&assistant), Draft::Assistant(&model)] {
+        for schedule in ["constant", "heuristic"] {
+            let config = GenerationConfig {
+                num_assistant_tokens: 5,
+                num_assistant_tokens_schedule: schedule.into(),
+                assistant_confidence_threshold: 0.0,
+                ..greedy.clone()
+            };
+            let generator = Generator::new(&model, config).with_draft(draft.clone());
+            let mut generation = generator.start(&prompt, None).unwrap();
+            let mut steps = 0;
+            loop {
+                match block_on(generation.step()).unwrap() {
+                    Step::Tokens(tokens) => {
+                        assert!(!tokens.is_empty());
+                        steps += 1;
+                    }
+                    Step::Prompt { .. } => {}
+                    Step::Done => break,
+                }
+            }
+            assert_eq!(generation.finish()[0].ids, plain[0].ids);
+            if let Draft::Assistant(same) = draft
+                && std::ptr::addr_eq(same, &raw const model)
+            {
+                assert!(steps <= 40 / 5, "a perfect draft took {steps} steps");
+            }
+        }
+    }
+}
+
+/// Drafted sampling has the distribution of plain sampling, seen in the second token.
+#[test]
+fn drafted_samples_are_distributed_alike() {
+    let (model, assistant) = (model("llama"), model("llama-linear"));
+    let prompt = vec![vec![5, 9, 7]];
+    let runs = 400;
+    let count = |draft: bool| {
+        let mut counts = std::collections::BTreeMap::<u32, f64>::new();
+        for seed in 0..runs {
+            let config = config(serde_json::json!({
+                "max_new_tokens": 3, "do_sample": true, "top_k": 3, "seed": seed, "assistant_confidence_threshold": 0.0,
+            }));
+            let mut generator = Generator::new(&model, config);
+            if draft {
+                generator = generator.with_draft(Draft::Assistant(&assistant));
+            }
+            *counts.entry(block_on(generator.generate(&prompt)).unwrap()[0].ids[1]).or_default() += 1.0;
+        }
+        counts
+    };
+    let (plain, drafted) = (count(false), count(true));
+    for id in plain.keys().chain(drafted.keys()) {
+        let of = |counts: &std::collections::BTreeMap<u32, f64>| counts.get(id).copied().unwrap_or(0.0) / f64::from(runs);
+        // Four standard deviations of the difference of two shares.
+        assert!((of(&plain) - of(&drafted)).abs() < 4.0 * (0.5 / f64::from(runs)).sqrt(), "{plain:?} {drafted:?}");
+    }
+}
+
+#[test]
+fn seeds_reproduce_and_rows_are_independent() {
+    let model = model("llama");
+    let prompts = vec![vec![5, 9, 7], vec![11, 12, 13, 14, 15]];
+    let config = config(serde_json::json!({
+        "max_new_tokens": 10, "do_sample": true, "seed": 3, "num_return_sequences": 2, "output_scores": true,
+    }));
+    let generator = Generator::new(&model, config);
+    let both = block_on(generator.generate(&prompts)).unwrap();
+    assert_eq!(both, block_on(generator.generate(&prompts)).unwrap());
+    let first = block_on(generator.generate(&prompts[..1])).unwrap();
+    assert_eq!(first[0].ids, both[0].ids);
+    assert_eq!(first[1].ids, both[1].ids);
+    assert_ne!(both[0].ids, both[1].ids);
+    assert_eq!(both[0].scores.len(), 10);
+    assert_eq!(both[0].finish_reason, FinishReason::Length);
+}
+
+#[test]
+fn what_was_seen_is_not_run_again() {
+    let model = model("llama");
+    let config = config(serde_json::json!({"max_new_tokens": 8}));
+    let generator = Generator::new(&model, config);
+    let run = |prompt: &[u32], past| {
+        let mut generation = generator.start(&[prompt.to_vec()], past).unwrap();
+        while block_on(generation.step()).unwrap() != Step::Done {}
+        generation.finish_with_cache()
+    };
+    let prompt = [5, 9, 7, 30];
+    let (first, past) = run(&prompt, None);
+    let past = past.unwrap();
+    assert_eq!(past.ids().len(), 4 + 7);
+    for keep in [0, 2, 8] {
+        let mut longer: Vec<u32> = prompt.iter().chain(&first[0].ids).copied().take(4 + keep).collect();
+        longer.extend([50, 51]);
+        assert_eq!(run(&longer, Some(past.clone())).0, run(&longer, None).0);
+    }
+    assert_eq!(run(&prompt, Some(past)).0, first);
+}
+
+#[test]
+fn prompts_that_cannot_be_continued() {
+    let model = model("llama");
+    let generate = |prompt: Vec<u32>| {
+        block_on(Generator::new(&model, GenerationConfig::default()).generate(&[prompt])).unwrap_err().to_string()
+    };
+    assert!(generate(vec![]).contains("empty"));
+    assert!(generate(vec![96]).contains("the token 96"));
+    assert!(generate(vec![1; 65]).contains("65 tokens"));
+    // A prompt that fills the context has no room for more.
+    let full = block_on(Generator::new(&model, GenerationConfig::default()).generate(&[vec![1; 64]])).unwrap();
+    assert!(full[0].ids.is_empty());
+}
