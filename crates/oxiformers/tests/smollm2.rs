@@ -30,11 +30,17 @@ struct PerplexityReference {
 }
 
 fn load(dtype: Option<FloatDType>) -> Option<LanguageModel> {
-    let options = FetchOptions { offline: true, ..FetchOptions::from_env() };
+    let options = FetchOptions {
+        offline: true,
+        ..FetchOptions::from_env()
+    };
     let source: Source = MODEL.parse().unwrap();
     match resolve(&source, &options) {
         Ok(files) => {
-            let options = LoadOptions { dtype, ..LoadOptions::default() };
+            let options = LoadOptions {
+                dtype,
+                ..LoadOptions::default()
+            };
             Some(LanguageModel::from_files(&files, &options).unwrap())
         }
         Err(error) => {
@@ -50,18 +56,36 @@ fn reference() -> Reference {
 
 #[test]
 fn greedy_continuations_and_perplexity_equal_transformers() {
-    let Some(model) = load(Some(FloatDType::F32)) else { return };
+    let Some(model) = load(Some(FloatDType::F32)) else {
+        return;
+    };
     let reference = reference();
     for prompt in &reference.prompts {
-        assert_eq!(model.tokenizer.encode(&prompt.text, false).unwrap(), prompt.prompt_ids, "{:?}", prompt.text);
-        let config = GenerationConfig { max_new_tokens: Some(64), ..GenerationConfig::default() };
-        let ours = block_on(model.generator(config).generate(std::slice::from_ref(&prompt.prompt_ids))).unwrap();
+        assert_eq!(
+            model.tokenizer.encode(&prompt.text, false).unwrap(),
+            prompt.prompt_ids,
+            "{:?}",
+            prompt.text
+        );
+        let config = GenerationConfig {
+            max_new_tokens: Some(64),
+            ..GenerationConfig::default()
+        };
+        let ours = block_on(
+            model
+                .generator(config)
+                .generate(std::slice::from_ref(&prompt.prompt_ids)),
+        )
+        .unwrap();
         assert_eq!(ours[0].ids, prompt.ids, "{:?}", prompt.text);
     }
     let ids = &reference.perplexity.ids;
     let ours = block_on(perplexity(&model.model, ids, ids.len(), |_| {})).unwrap();
     let ratio = (ours.nll - reference.perplexity.nll).exp();
-    println!("nll {} against {}, ratio of perplexities {ratio}", ours.nll, reference.perplexity.nll);
+    println!(
+        "nll {} against {}, ratio of perplexities {ratio}",
+        ours.nll, reference.perplexity.nll
+    );
     assert!((ratio - 1.0).abs() < 1e-3);
 }
 
@@ -70,20 +94,36 @@ fn packed_weights_give_the_same_and_paris_is_the_capital() {
     let Some(model) = load(None) else { return };
     let reference = reference();
     let prompt = &reference.prompts[0];
-    let config = GenerationConfig { max_new_tokens: Some(8), ..GenerationConfig::default() };
-    let ours = block_on(model.generator(config).generate(std::slice::from_ref(&prompt.prompt_ids))).unwrap();
+    let config = GenerationConfig {
+        max_new_tokens: Some(8),
+        ..GenerationConfig::default()
+    };
+    let ours = block_on(
+        model
+            .generator(config)
+            .generate(std::slice::from_ref(&prompt.prompt_ids)),
+    )
+    .unwrap();
     assert_eq!(ours[0].ids, prompt.ids[..8]);
 
     let mut chat = model.conversation();
-    chat.messages.push(Message::user("What is the capital of France?"));
-    let answer = block_on(chat.answer(model.generation_config.clone().greedy(), |_| std::ops::ControlFlow::Continue(())));
+    chat.messages
+        .push(Message::user("What is the capital of France?"));
+    let answer = block_on(chat.answer(model.generation_config.clone().greedy(), |_| {
+        std::ops::ControlFlow::Continue(())
+    }));
     let answer = answer.unwrap();
     assert!(answer.text.contains("Paris"), "{}", answer.text);
     assert_eq!(chat.messages.len(), 2);
     // The second question goes on from the cache, and gives what a fresh conversation gives.
     chat.messages.push(Message::user("And of Italy?"));
-    let config = GenerationConfig { max_new_tokens: Some(12), ..model.generation_config.clone() };
-    let ids = model.encode_chat(&chat.messages, &RenderOptions::generation()).unwrap();
+    let config = GenerationConfig {
+        max_new_tokens: Some(12),
+        ..model.generation_config.clone()
+    };
+    let ids = model
+        .encode_chat(&chat.messages, &RenderOptions::generation())
+        .unwrap();
     let again = block_on(model.generator(config.clone()).generate(&[ids])).unwrap();
     let go_on = block_on(chat.answer(config, |_| std::ops::ControlFlow::Continue(()))).unwrap();
     assert_eq!(go_on.ids, again[0].ids);
@@ -97,7 +137,11 @@ fn an_interrupted_answer_is_kept() {
     let mut seen = 0;
     let answer = block_on(chat.answer(model.generation_config.clone(), |tokens| {
         seen += tokens.len();
-        if seen >= 5 { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
+        if seen >= 5 {
+            std::ops::ControlFlow::Break(())
+        } else {
+            std::ops::ControlFlow::Continue(())
+        }
     }));
     assert_eq!(answer.unwrap().ids.len(), 5);
     assert_eq!(chat.messages.len(), 2);

