@@ -222,3 +222,85 @@ fn view(buffer: &Tensor<4>, len: usize) -> Tensor<4> {
         buffer.clone().narrow(2, 0, len)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Appends positions `from..to` in pieces of `step` and returns the positions that the last piece sees.
+    fn feed(cache: &mut Cache, layer: usize, from: usize, to: usize, step: usize) -> Vec<i32> {
+        let mut seen = Vec::new();
+        for at in (from..to).step_by(step) {
+            let positions: Vec<f32> = (at..to.min(at + step)).map(|position| position as f32).collect();
+            let shape = [1, 1, positions.len(), 1];
+            let values = Tensor::<4>::from_data(TensorData::new(positions, shape), &Device::flex());
+            let (keys, same) = cache.layer(layer).update(values.clone(), values);
+            seen = keys.into_data().iter::<i32>().collect();
+            assert_eq!(seen, same.into_data().iter::<i32>().collect::<Vec<_>>());
+        }
+        seen
+    }
+
+    #[test]
+    fn a_window_drops_what_no_query_reaches() {
+        for step in [1, 2, 3, 5] {
+            let mut cache = Cache::new(CacheKind::Dynamic, &[Some(4), None], vec![0]);
+            let seen = feed(&mut cache, 0, 0, 30, step);
+            // The first query of the last piece sees three tokens before itself.
+            let first = 30 - (30 - 1) % step - 1;
+            assert_eq!(seen, (first as i32 - 3..30).collect::<Vec<_>>(), "step {step}");
+            assert_eq!(feed(&mut cache, 1, 0, 30, step), (0..30).collect::<Vec<_>>());
+        }
+        let mut full = Cache::new(CacheKind::Full, &[Some(4)], vec![0]);
+        assert_eq!(feed(&mut full, 0, 0, 30, 7), (0..30).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_static_cache_is_never_moved() {
+        let mut cache = Cache::new(CacheKind::Static { max_len: 16 }, &[None], vec![0]);
+        assert_eq!(feed(&mut cache, 0, 0, 3, 3), [0, 1, 2]);
+        let bytes = cache.num_bytes();
+        assert_eq!(feed(&mut cache, 0, 3, 16, 1), (0..16).collect::<Vec<_>>());
+        assert_eq!(cache.num_bytes(), bytes);
+        // Beyond its room it grows rather than lose anything.
+        assert_eq!(feed(&mut cache, 0, 16, 18, 1), (0..18).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn cutting_back() {
+        let mut cache = Cache::new(CacheKind::Full, &[Some(4), None], vec![0]);
+        for layer in 0..2 {
+            feed(&mut cache, layer, 0, 10, 5);
+        }
+        cache.advance(10);
+        assert!(cache.truncate(6));
+        assert_eq!(cache.len(), 6);
+        assert_eq!(feed(&mut cache, 1, 6, 8, 1), (0..8).collect::<Vec<_>>());
+
+        let mut windowed = Cache::new(CacheKind::Dynamic, &[Some(4)], vec![0]);
+        feed(&mut windowed, 0, 0, 10, 1);
+        windowed.advance(10);
+        assert!(!windowed.truncate(6));
+        assert_eq!(windowed.len(), 10);
+        assert!(windowed.truncate(12));
+        windowed.clear();
+        assert_eq!(feed(&mut windowed, 0, 0, 2, 1), [0, 1]);
+    }
+
+    #[test]
+    fn rows_are_selected_and_repeated() {
+        let mut cache = Cache::new(CacheKind::Dynamic, &[None], vec![2, 0]);
+        let rows = |values: [f32; 2]| {
+            Tensor::<4>::from_data(TensorData::new(values.to_vec(), [2, 1, 1, 1]), &Device::flex())
+        };
+        cache.layer(0).update(rows([1.0, 2.0]), rows([1.0, 2.0]));
+        cache.select(&[1, 1, 0]);
+        assert_eq!(cache.padding(), [0, 0, 2]);
+        let next = Tensor::<4>::zeros([3, 1, 1, 1], &Device::flex());
+        let (keys, _) = cache.layer(0).update(next.clone(), next);
+        assert_eq!(
+            keys.into_data().iter::<i32>().collect::<Vec<_>>(),
+            [2, 0, 2, 0, 1, 0]
+        );
+    }
+}

@@ -171,3 +171,64 @@ impl<'a> Context<'a> {
         slopes.clone().reshape([1, heads, 1, 1]) * distance.reshape([1, 1, 1, keys])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CacheKind;
+
+    /// The keys that each query sees, as `[row][query]` texts of 1 and 0.
+    fn seen(padding: Vec<usize>, window: Option<usize>, past: usize, seq: usize) -> Vec<String> {
+        let mut cache = Cache::new(CacheKind::Full, &[window], padding);
+        let filler = Tensor::<4>::zeros([1, 1, past, 1], &Device::flex());
+        if past > 0 {
+            cache.layer(0).update(filler.clone(), filler);
+            cache.advance(past);
+        }
+        match Context::new(&mut cache, seq, Device::flex()).mask(window) {
+            Mask::Nothing => vec!["all".to_string()],
+            Mask::Causal => vec!["causal".to_string()],
+            Mask::Explicit(hidden) => {
+                let keys = hidden.dims()[3];
+                let hidden: Vec<bool> = hidden.into_data().iter::<bool>().collect();
+                hidden
+                    .chunks(keys)
+                    .map(|row| row.iter().map(|hidden| if *hidden { '0' } else { '1' }).collect())
+                    .collect()
+            }
+        }
+    }
+
+    #[test]
+    fn masks() {
+        assert_eq!(seen(vec![0], None, 0, 3), ["causal"]);
+        assert_eq!(seen(vec![0], None, 3, 1), ["all"]);
+        assert_eq!(seen(vec![0], Some(9), 0, 3), ["causal"]);
+        assert_eq!(seen(vec![0], Some(2), 0, 4), ["1000", "1100", "0110", "0011"]);
+        assert_eq!(seen(vec![0], Some(2), 3, 1), ["0011"]);
+        // A padding token sees itself, so that its row is not empty; nobody sees it.
+        assert_eq!(
+            seen(vec![2, 0], None, 0, 3),
+            ["100", "010", "001", "100", "110", "111"]
+        );
+        assert_eq!(seen(vec![2, 0], None, 2, 1), ["001", "111"]);
+        assert_eq!(
+            seen(vec![1, 0], Some(2), 0, 3),
+            ["100", "010", "011", "100", "110", "011"]
+        );
+    }
+
+    #[test]
+    fn positions_begin_after_the_padding() {
+        let mut cache = Cache::new(CacheKind::Dynamic, &[], vec![2, 0]);
+        assert_eq!(
+            Context::new(&mut cache, 4, Device::flex()).positions(),
+            [[0, 0, 0, 1], [0, 1, 2, 3]]
+        );
+        let mut cache = Cache::new(CacheKind::Dynamic, &[], vec![1, 1]);
+        assert_eq!(
+            Context::new(&mut cache, 3, Device::flex()).positions(),
+            [[0, 0, 1]]
+        );
+    }
+}
