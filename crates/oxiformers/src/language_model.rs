@@ -65,9 +65,7 @@ impl LanguageModel {
             .chat_template
             .as_ref()
             .ok_or_else(|| Error::NoChatTemplate(self.name.clone()))?;
-        let text = template.render(messages, options)?;
-        // The template writes the special tokens itself.
-        Ok(self.tokenizer.encode(&text, false)?)
+        Ok(template.encode(&self.tokenizer, messages, options)?.ids)
     }
 
     /// A conversation that has not begun.

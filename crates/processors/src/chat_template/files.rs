@@ -40,7 +40,9 @@ fn sources(files: &ModelFiles) -> Result<IndexMap<String, String>> {
                 .strip_prefix("additional_chat_templates/")
                 .and_then(|file| file.strip_suffix(".jinja")),
         };
-        if let Some((name, source)) = name.zip(files.text(path)?) {
+        if let Some(name) = name
+            && let Some(source) = files.text(path)?
+        {
             found.insert(name.to_owned(), source);
         }
     }
@@ -101,7 +103,10 @@ mod tests {
             let files = vocab.iter().chain(list);
             let files = ModelFiles::from_memory(
                 "m",
-                files.map(|(name, text)| (name.to_string(), text.as_bytes().to_vec().into())),
+                files
+                    .map(|(name, text)| (name.to_string(), text.as_bytes().to_vec().into()))
+                    // Weights are no text and none of our business.
+                    .chain([("weights.bin".to_string(), vec![0xFF; 8].into())]),
             );
             ChatTemplate::from_files(&files, &Tokenizer::from_files(&files).unwrap())
         };
