@@ -59,10 +59,10 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let mut interrupted = false;
     let mut out = io::stdout().lock();
     let result: Generated = if beams {
-        block_on(generator.generate(&[ids.clone()]))?.swap_remove(0)
+        block_on(generator.generate(std::slice::from_ref(&ids)))?.swap_remove(0)
     } else {
         interrupt::watch();
-        let mut generation = generator.start(&[ids.clone()], None)?;
+        let mut generation = generator.start(std::slice::from_ref(&ids), None)?;
         loop {
             match block_on(generation.step())? {
                 Step::Prompt { .. } => {}

@@ -55,7 +55,7 @@ impl Sampler {
     /// [`Error::NoToken`] when they are all zero.
     pub fn draw(&mut self, probs: &[f32]) -> Result<u32> {
         let total: f64 = probs.iter().map(|p| f64::from(*p)).sum();
-        if !(total > 0.0) {
+        if total.is_nan() || total <= 0.0 {
             return Err(Error::NoToken);
         }
         let mut left = self.uniform() * total;

@@ -29,7 +29,10 @@ fn probabilities_after_processors() {
         let expected: Vec<f32> = case["probs"].as_array().unwrap().iter().map(number).collect();
         for (id, (ours, theirs)) in softmax(&logits).into_iter().zip(expected).enumerate() {
             let difference = (ours - theirs).abs();
-            assert!(difference <= TOLERANCE, "{name}: token {id}: {ours} instead of {theirs}");
+            assert!(
+                difference <= TOLERANCE,
+                "{name}: token {id}: {ours} instead of {theirs}"
+            );
             worst = worst.max(difference);
         }
     }

@@ -10,7 +10,9 @@ use oxiformers_nn::LoadOptions;
 use serde_json::Value;
 
 fn model(name: &str) -> AutoModelForCausalLM {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../models/tests/fixtures")
+        .join(name);
     let files = ModelFiles::from_dir(&path).unwrap();
     AutoModelForCausalLM::from_files(&files, &LoadOptions::default()).unwrap()
 }
@@ -36,7 +38,11 @@ fn sequences_and_scores() {
             assert_eq!(ours.ids, ids, "{name}: sequence {index}");
             if let Some(score) = theirs["score"].as_f64() {
                 let difference = (f64::from(ours.score.unwrap()) - score).abs();
-                assert!(difference < 1e-4, "{name}: sequence {index}: {:?} instead of {score}", ours.score);
+                assert!(
+                    difference < 1e-4,
+                    "{name}: sequence {index}: {:?} instead of {score}",
+                    ours.score
+                );
                 worst = worst.max(difference);
             }
         }
@@ -50,7 +56,11 @@ fn drafts_change_nothing() {
     let prompt = vec![vec![5, 9, 5, 9, 5, 9, 7]];
     let greedy = config(serde_json::json!({"max_new_tokens": 40, "eos_token_id": [999]}));
     let plain = block_on(Generator::new(&model, greedy.clone()).generate(&prompt)).unwrap();
-    for draft in [Draft::PromptLookup, Draft::Assistant(&assistant), Draft::Assistant(&model)] {
+    for draft in [
+        Draft::PromptLookup,
+        Draft::Assistant(&assistant),
+        Draft::Assistant(&model),
+    ] {
         for schedule in ["constant", "heuristic"] {
             let config = GenerationConfig {
                 num_assistant_tokens: 5,
@@ -97,15 +107,22 @@ fn drafted_samples_are_distributed_alike() {
             if draft {
                 generator = generator.with_draft(Draft::Assistant(&assistant));
             }
-            *counts.entry(block_on(generator.generate(&prompt)).unwrap()[0].ids[1]).or_default() += 1.0;
+            *counts
+                .entry(block_on(generator.generate(&prompt)).unwrap()[0].ids[1])
+                .or_default() += 1.0;
         }
         counts
     };
     let (plain, drafted) = (count(false), count(true));
     for id in plain.keys().chain(drafted.keys()) {
-        let of = |counts: &std::collections::BTreeMap<u32, f64>| counts.get(id).copied().unwrap_or(0.0) / f64::from(runs);
+        let of = |counts: &std::collections::BTreeMap<u32, f64>| {
+            counts.get(id).copied().unwrap_or(0.0) / f64::from(runs)
+        };
         // Four standard deviations of the difference of two shares.
-        assert!((of(&plain) - of(&drafted)).abs() < 4.0 * (0.5 / f64::from(runs)).sqrt(), "{plain:?} {drafted:?}");
+        assert!(
+            (of(&plain) - of(&drafted)).abs() < 4.0 * (0.5 / f64::from(runs)).sqrt(),
+            "{plain:?} {drafted:?}"
+        );
     }
 }
 
@@ -142,7 +159,12 @@ fn what_was_seen_is_not_run_again() {
     let past = past.unwrap();
     assert_eq!(past.ids().len(), 4 + 7);
     for keep in [0, 2, 8] {
-        let mut longer: Vec<u32> = prompt.iter().chain(&first[0].ids).copied().take(4 + keep).collect();
+        let mut longer: Vec<u32> = prompt
+            .iter()
+            .chain(&first[0].ids)
+            .copied()
+            .take(4 + keep)
+            .collect();
         longer.extend([50, 51]);
         assert_eq!(run(&longer, Some(past.clone())).0, run(&longer, None).0);
     }
@@ -153,12 +175,15 @@ fn what_was_seen_is_not_run_again() {
 fn prompts_that_cannot_be_continued() {
     let model = model("llama");
     let generate = |prompt: Vec<u32>| {
-        block_on(Generator::new(&model, GenerationConfig::default()).generate(&[prompt])).unwrap_err().to_string()
+        block_on(Generator::new(&model, GenerationConfig::default()).generate(&[prompt]))
+            .unwrap_err()
+            .to_string()
     };
     assert!(generate(vec![]).contains("empty"));
     assert!(generate(vec![96]).contains("the token 96"));
     assert!(generate(vec![1; 65]).contains("65 tokens"));
     // A prompt that fills the context has no room for more.
-    let full = block_on(Generator::new(&model, GenerationConfig::default()).generate(&[vec![1; 64]])).unwrap();
+    let full =
+        block_on(Generator::new(&model, GenerationConfig::default()).generate(&[vec![1; 64]])).unwrap();
     assert!(full[0].ids.is_empty());
 }

@@ -39,7 +39,7 @@ pub(super) fn tq1_0(block: &[u8; 54], y: &mut [f32; 256]) {
     // A byte holds five ternary digits as a fixed-point fraction: times 3^n, the next digit leads.
     let digit = |byte: u8, n: usize| {
         let q = byte.wrapping_mul(POWERS[n]);
-        f32::from((u16::from(q) * 3 >> 8) as i16 - 1) * d
+        f32::from(((u16::from(q) * 3) >> 8) as i16 - 1) * d
     };
     for n in 0..5 {
         for m in 0..32 {
