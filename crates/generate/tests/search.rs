@@ -37,9 +37,10 @@ fn sequences_and_scores() {
             let ids: Vec<u32> = serde_json::from_value(theirs["ids"].clone()).unwrap();
             assert_eq!(ours.ids, ids, "{name}: sequence {index}");
             if let Some(score) = theirs["score"].as_f64() {
-                let difference = (f64::from(ours.score.unwrap()) - score).abs();
+                // A negative length penalty makes scores large, and f32 has seven digits.
+                let difference = (f64::from(ours.score.unwrap()) - score).abs() / score.abs().max(1.0);
                 assert!(
-                    difference < 1e-4,
+                    difference < 1e-5,
                     "{name}: sequence {index}: {:?} instead of {score}",
                     ours.score
                 );
@@ -47,7 +48,7 @@ fn sequences_and_scores() {
             }
         }
     }
-    println!("{} cases, largest difference of scores {worst:e}", cases.len());
+    println!("{} cases, largest relative difference of scores {worst:e}", cases.len());
 }
 
 #[test]
