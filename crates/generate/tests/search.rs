@@ -48,7 +48,10 @@ fn sequences_and_scores() {
             }
         }
     }
-    println!("{} cases, largest relative difference of scores {worst:e}", cases.len());
+    println!(
+        "{} cases, largest relative difference of scores {worst:e}",
+        cases.len()
+    );
 }
 
 #[test]
