@@ -115,6 +115,9 @@ impl<'a> Drafter<'a> {
                 let mut text = ids.to_vec();
                 let mut at = same;
                 while drafted.ids.len() < most {
+                    if !cache.prepare(text.len()) {
+                        at = 0;
+                    }
                     let end = text.len().min(at + PREFILL_CHUNK);
                     let input = batch(&[text[at..end].to_vec()], &model.device());
                     let mut logits = read(model.forward(input, cache, LogitsFor::Last)).await?;

@@ -3,7 +3,7 @@
 use oxiformers_nn::{CacheKind, LogitsFor};
 use web_time::Instant;
 
-use crate::generation::{FinishReason, Generated, Generator, batch, read};
+use crate::generation::{FinishReason, Generated, Generator, batch, padded, read};
 use crate::logits::{LogSoftmax, LogitsProcessor, LogitsProcessors, softmax};
 use crate::sampling::{Sampler, fresh_seed};
 use crate::text::TextOut;
@@ -97,26 +97,15 @@ pub(crate) async fn search(generator: &Generator<'_>, prompts: &[Vec<u32>]) -> R
         .unwrap_or(0);
     let total = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let padding: Vec<usize> = prompts.iter().map(|prompt| total - prompt.len()).collect();
-    let pad = config
-        .pad_token_id
-        .filter(|pad| (*pad as usize) < vocab_size)
-        .unwrap_or(0);
-    let padded: Vec<Vec<u32>> = prompts
-        .iter()
-        .zip(&padding)
-        .map(|(prompt, padding)| {
-            std::iter::repeat_n(pad, *padding)
-                .chain(prompt.iter().copied())
-                .collect()
-        })
-        .collect();
     let kind: CacheKind = config.cache_kind(longest)?;
     let mut cache = model.new_cache(kind, padding);
     if !searches.iter().any(|search| search.improvable) {
         return Ok(results(generator, searches));
     }
 
-    let logits = read(model.forward(batch(&padded, &model.device()), &mut cache, LogitsFor::Last)).await?;
+    cache.prepare(total);
+    let pending = padded(prompts.iter().map(Vec::as_slice), cache.padding(), 0);
+    let logits = read(model.forward(batch(&pending, &model.device()), &mut cache, LogitsFor::Last)).await?;
     let mut logits: Vec<f32> = logits
         .chunks_exact(vocab_size)
         .flat_map(|row| row.repeat(num_beams))
@@ -153,12 +142,12 @@ pub(crate) async fn search(generator: &Generator<'_>, prompts: &[Vec<u32>]) -> R
             .collect();
         cache.select(&order);
         order = (0..order.len()).collect();
-        let last: Vec<Vec<u32>> = searches
-            .iter()
-            .flat_map(|search| &search.running)
-            .map(|beam| beam.ids[beam.ids.len() - 1..].to_vec())
-            .collect();
-        logits = read(model.forward(batch(&last, &model.device()), &mut cache, LogitsFor::Last)).await?;
+        let beams = || searches.iter().flat_map(|search| &search.running);
+        let longest = beams().map(|beam| beam.ids.len()).max().unwrap_or(0);
+        cache.prepare(longest);
+        let past = cache.len();
+        let pending = padded(beams().map(|beam| beam.ids.as_slice()), cache.padding(), past);
+        logits = read(model.forward(batch(&pending, &model.device()), &mut cache, LogitsFor::Last)).await?;
     }
 }
 

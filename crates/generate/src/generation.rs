@@ -370,7 +370,7 @@ impl<'a> Generation<'a> {
                 .count()
                 .min(prompt.len() - 1);
             let mut old = past.cache;
-            if old.truncate(same) {
+            if old.prepare(prompt.len()) && old.truncate(same) {
                 (cache, done) = (Some(old), same);
             }
         }
@@ -380,25 +380,9 @@ impl<'a> Generation<'a> {
             CacheKind::Dynamic if single => CacheKind::Full,
             kind => kind,
         };
-        let pad = config
-            .pad_token_id
-            .or(config.eos_token_id.first().copied())
-            .unwrap_or(0);
-        let pad = if (pad as usize) < generator.model.vocab_size() {
-            pad
-        } else {
-            0
-        };
-        let pending = prompts
-            .iter()
-            .zip(&padding)
-            .map(|(prompt, padding)| {
-                std::iter::repeat_n(pad, *padding)
-                    .chain(prompt.iter().copied())
-                    .skip(done)
-                    .collect()
-            })
-            .collect();
+        let mut cache = cache.unwrap_or_else(|| generator.model.new_cache(kind, padding));
+        cache.prepare(total);
+        let pending = padded(prompts.iter().map(Vec::as_slice), cache.padding(), done);
         let live = if rows.iter().all(|row| row.limit == 0) {
             Vec::new()
         } else {
@@ -406,7 +390,7 @@ impl<'a> Generation<'a> {
         };
         Ok(Self {
             model: generator.model,
-            cache: cache.unwrap_or_else(|| generator.model.new_cache(kind, padding)),
+            cache,
             rows,
             live,
             pending,
@@ -434,6 +418,14 @@ impl<'a> Generation<'a> {
             return Ok(Step::Done);
         }
         if self.prompt_done < self.prompt_total {
+            return self.step_prompt().await;
+        }
+        let longest = self.live.iter().map(|row| self.rows[*row].ids.len()).max();
+        if !self.cache.prepare(longest.unwrap_or(0)) {
+            let rows = self.live.iter().map(|row| self.rows[*row].ids.as_slice());
+            self.pending = padded(rows, self.cache.padding(), 0);
+            self.prompt_done = 0;
+            self.prompt_total = self.pending.first().map_or(0, Vec::len);
             return self.step_prompt().await;
         }
         if self.drafter.is_some() {
@@ -466,9 +458,10 @@ impl<'a> Generation<'a> {
                 total: self.prompt_total,
             });
         }
-        let copies = self.config.num_return_sequences;
+        // At first the copies of a prompt share a row.
+        let copies = self.live.len() / self.pending.len().max(1);
         if copies > 1 {
-            let rows: Vec<usize> = (0..self.rows.len()).map(|row| row / copies).collect();
+            let rows: Vec<usize> = (0..self.live.len()).map(|row| row / copies).collect();
             self.cache.select(&rows);
         }
         let vocab_size = self.model.vocab_size();
@@ -524,8 +517,9 @@ impl<'a> Generation<'a> {
             return Ok(Vec::new());
         };
         let row = &mut self.rows[0];
+        let most = (row.room() - 1).min(self.cache.until_switch().unwrap_or(usize::MAX));
         let draft = drafter
-            .draft(&row.ids, row.room() - 1, &row.processors, &mut row.sampler)
+            .draft(&row.ids, most, &row.processors, &mut row.sampler)
             .await?;
         let [pending] = self.pending.as_mut_slice() else {
             return Ok(Vec::new());
@@ -646,6 +640,20 @@ fn generated(mut row: Row) -> Generated {
         scores: row.scores,
         logits: row.logits,
     }
+}
+
+/// Rows from position `from` on, each with its padding before it. Which token pads does not matter: no other
+/// token sees it.
+pub(crate) fn padded<'r>(
+    rows: impl Iterator<Item = &'r [u32]>,
+    padding: &[usize],
+    from: usize,
+) -> Vec<Vec<u32>> {
+    let row = |(row, padding): (&[u32], &usize)| {
+        let pad = std::iter::repeat_n(0, *padding);
+        pad.chain(row.iter().copied()).skip(from).collect()
+    };
+    rows.zip(padding).map(row).collect()
 }
 
 /// Rows of equal length as `[batch, seq]`.

@@ -23,6 +23,10 @@ pub struct Cache {
     layers: Vec<LayerCache>,
     padding: Vec<usize>,
     len: usize,
+    /// Length that the sequences are to have, as far as is known.
+    context: usize,
+    /// Length beyond which the rotary frequencies of all positions are others.
+    rope_switch: Option<usize>,
 }
 
 impl Cache {
@@ -47,6 +51,8 @@ impl Cache {
             layers,
             padding,
             len: 0,
+            context: 0,
+            rope_switch: None,
         }
     }
 
@@ -108,6 +114,35 @@ impl Cache {
         true
     }
 
+    /// Says how long the sequences, padding aside, will be after what runs next, so that a prompt that runs in
+    /// pieces gets the rotary frequencies of the whole where these depend on the length (dynamic, longrope).
+    ///
+    /// Returns false, and forgets everything, where what is held was made with other frequencies.
+    pub fn prepare(&mut self, context: usize) -> bool {
+        let switched = self.len > 0
+            && self
+                .rope_switch
+                .is_some_and(|most| (self.context > most) != (context > most));
+        if switched {
+            self.clear();
+        }
+        self.context = context;
+        !switched
+    }
+
+    /// Number of tokens that can follow before [`prepare`](Self::prepare) forgets everything.
+    pub fn until_switch(&self) -> Option<usize> {
+        self.rope_switch?.checked_sub(self.context)
+    }
+
+    pub(crate) fn context(&self) -> usize {
+        self.context
+    }
+
+    pub(crate) fn set_rope_switch(&mut self, most: usize) {
+        self.rope_switch = Some(most);
+    }
+
     /// Forgets everything, keeping the sequences' padding.
     pub fn clear(&mut self) {
         for layer in &mut self.layers {
@@ -115,6 +150,7 @@ impl Cache {
             layer.len = 0;
         }
         self.len = 0;
+        self.context = 0;
     }
 
     /// Bytes that keys and values occupy.

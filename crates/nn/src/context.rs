@@ -100,7 +100,10 @@ impl<'a> Context<'a> {
         if let Some(found) = self.ropes.get(&rope.key()) {
             return found.clone();
         }
-        let tables = rope.tables(&self.positions(), &self.device);
+        if let Some(most) = rope.switch() {
+            self.cache.set_rope_switch(most);
+        }
+        let tables = rope.tables(&self.positions(), self.cache.context(), &self.device);
         self.ropes.insert(rope.key(), tables.clone());
         tables
     }

@@ -259,10 +259,25 @@ impl Rope {
         self.0.rotary_dim
     }
 
-    /// Cosine and sine `[rows, 1, seq, rotary_dim / 2]` of `positions` `[rows][seq]`.
-    pub fn tables(&self, positions: &[Vec<usize>], device: &Device) -> (Tensor<4>, Tensor<4>) {
-        // The longest context of the batch, which some scalings depend on.
-        let context = positions.iter().flatten().max().map_or(0, |last| last + 1);
+    /// Context length beyond which all frequencies are others, with longrope.
+    pub(crate) fn switch(&self) -> Option<usize> {
+        match self.0.scaling {
+            Scaling::Long { original, .. } => Some(original),
+            _ => None,
+        }
+    }
+
+    /// Cosine and sine `[rows, 1, seq, rotary_dim / 2]` of `positions` `[rows][seq]` in sequences that are at
+    /// least `context` long.
+    pub fn tables(
+        &self,
+        positions: &[Vec<usize>],
+        context: usize,
+        device: &Device,
+    ) -> (Tensor<4>, Tensor<4>) {
+        // The longest sequence of the batch, which some scalings depend on.
+        let last = positions.iter().flatten().max();
+        let context = context.max(last.map_or(0, |last| last + 1));
         let dynamic;
         let frequencies = match &self.0.scaling {
             Scaling::Fixed(frequencies) => frequencies,

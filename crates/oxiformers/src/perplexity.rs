@@ -41,6 +41,7 @@ pub async fn perplexity(
         let mut cache = model.new_cache(CacheKind::Dynamic, vec![0]);
         // The last token predicts nothing that is in the window.
         let inputs = &window[..window.len() - 1];
+        cache.prepare(inputs.len());
         for (index, chunk) in inputs.chunks(CHUNK).enumerate() {
             let input: Vec<i32> = chunk.iter().map(|id| *id as i32).collect();
             let input = Tensor::<2, Int>::from_data(TensorData::new(input, [1, chunk.len()]), &device);
