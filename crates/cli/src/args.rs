@@ -92,6 +92,9 @@ pub struct SamplingArgs {
     /// Stop where this text appears; may be repeated.
     #[arg(long = "stop", value_name = "TEXT")]
     pub stop: Vec<String>,
+    /// Any other generation setting, such as typical_p=0.9 or bad_words_ids=[[5,9]]; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
     /// Draw the same tokens every time.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -123,7 +126,8 @@ pub struct GenerateArgs {
     /// Put the prompt into the model's chat template, as a user's message.
     #[arg(long)]
     pub chat: bool,
-    /// Print one JSON object: prompt_ids, ids, text, finish_reason, usage, timings.
+    /// Print one JSON object: prompt_ids, ids, text, finish_reason, usage, timings; with num_return_sequences
+    /// above 1 also sequences.
     #[arg(long)]
     pub json: bool,
     /// Only generate JSON that this JSON schema allows.

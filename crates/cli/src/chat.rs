@@ -146,41 +146,14 @@ impl Chat<'_> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// `name=value`, the value in JSON or a plain text.
     fn set(&mut self, setting: &str) -> anyhow::Result<()> {
-        let serde_json::Value::Object(mut fields) = serde_json::to_value(&self.config)? else {
-            return Ok(());
-        };
         if setting.is_empty() {
-            for (name, value) in &fields {
+            for (name, value) in session::settings(&self.config)? {
                 println!("{name}={value}");
             }
             return Ok(());
         }
-        let Some((name, value)) = setting.split_once('=') else {
-            bail!("write it as name=value, such as /set temperature=0.2");
-        };
-        let (name, value) = (name.trim(), value.trim());
-        if !fields.contains_key(name) {
-            bail!("there is no setting {name}; /set lists them");
-        }
-        let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
-        fields.insert(name.to_string(), value);
-        if [
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "top_h",
-            "typical_p",
-            "epsilon_cutoff",
-            "eta_cutoff",
-        ]
-        .contains(&name)
-        {
-            fields.insert("do_sample".into(), true.into());
-        }
-        let config = GenerationConfig::from_json(fields, "/set")?;
+        let config = session::set(&self.config, setting)?;
         config.validate()?;
         self.config = config;
         Ok(())

@@ -37,7 +37,8 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     } else {
         model.tokenizer.encode(&prompt, true)?
     };
-    let beams = config.num_beams > 1;
+    // Beams have no steps, and several texts at once cannot be streamed to one place.
+    let whole = config.num_beams > 1 || config.num_return_sequences > 1;
     let eos = config.eos_token_id.clone();
     if args.prompt_lookup.is_some() {
         config.prompt_lookup_num_tokens = args.prompt_lookup;
@@ -58,8 +59,8 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let mut first = None;
     let mut interrupted = false;
     let mut out = io::stdout().lock();
-    let result: Generated = if beams {
-        block_on(generator.generate(std::slice::from_ref(&ids)))?.swap_remove(0)
+    let results: Vec<Generated> = if whole {
+        block_on(generator.generate(std::slice::from_ref(&ids)))?
     } else {
         interrupt::watch();
         let mut generation = generator.start(std::slice::from_ref(&ids), None)?;
@@ -82,32 +83,40 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
                 break;
             }
         }
-        generation.finish().swap_remove(0)
+        generation.finish()
     };
     let total_s = begin.elapsed().as_secs_f64();
     if !args.json {
-        if beams {
-            write!(out, "{}", result.text)?;
+        if !whole {
+            writeln!(out)?;
         }
-        writeln!(out)?;
+        for result in results.iter().filter(|_| whole) {
+            writeln!(out, "{}", result.text)?;
+        }
         return Ok(());
     }
     let prompt_s = first.unwrap_or(total_s);
-    let decoded = result.ids.len().saturating_sub(1) as f64;
-    let reason = if interrupted {
-        "interrupted"
-    } else {
-        FinishReason::as_str(result.finish_reason)
+    let tokens: usize = results.iter().map(|result| result.ids.len()).sum();
+    let decoded = tokens.saturating_sub(results.len()) as f64;
+    let reason = |result: &Generated| {
+        if interrupted {
+            "interrupted"
+        } else {
+            FinishReason::as_str(result.finish_reason)
+        }
     };
-    let report = json!({
+    let [result, others @ ..] = results.as_slice() else {
+        bail!("nothing was generated");
+    };
+    let mut report = json!({
         "prompt_ids": ids,
         "ids": result.ids,
         "text": result.text,
-        "finish_reason": reason,
+        "finish_reason": reason(result),
         "usage": {
             "prompt_tokens": ids.len(),
-            "completion_tokens": result.ids.len(),
-            "total_tokens": ids.len() + result.ids.len(),
+            "completion_tokens": tokens,
+            "total_tokens": ids.len() + tokens,
         },
         "timings": {
             "load_s": load_s,
@@ -120,6 +129,14 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
             },
         },
     });
+    if !others.is_empty() {
+        let all = results.iter().map(|result| {
+            json!({
+                "ids": result.ids, "text": result.text, "finish_reason": reason(result), "score": result.score,
+            })
+        });
+        report["sequences"] = all.collect();
+    }
     Ok(writeln!(out, "{report}")?)
 }
 

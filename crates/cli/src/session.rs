@@ -1,8 +1,10 @@
 //! What all commands that run a model share: finding it, loading it, and how it generates.
 
+use anyhow::bail;
 use oxiformers::hub::{Bars, FetchOptions, ModelFiles, Source, default_chat_model, resolve};
 use oxiformers::nn::LoadOptions;
 use oxiformers::{GenerationConfig, LanguageModel, device};
+use serde_json::{Map, Value};
 
 use crate::args::{Dtype, RunArgs, SamplingArgs};
 
@@ -58,7 +60,49 @@ impl SamplingArgs {
         config.num_beams = self.num_beams.unwrap_or(config.num_beams);
         config.stop_strings.extend(self.stop.iter().cloned());
         config.seed = self.seed.or(config.seed);
+        for setting in &self.set {
+            config = set(&config, setting)?;
+        }
         config.validate()?;
         Ok(config)
     }
+}
+
+/// All settings by their names.
+pub fn settings(config: &GenerationConfig) -> anyhow::Result<Map<String, Value>> {
+    match serde_json::to_value(config)? {
+        Value::Object(fields) => Ok(fields),
+        _ => Ok(Map::new()),
+    }
+}
+
+/// Settings that say how to draw, and so turn drawing on.
+const DRAWING: [&str; 8] = [
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+];
+
+/// Changes a setting by `name=value`, the value in JSON or a plain text.
+pub fn set(config: &GenerationConfig, setting: &str) -> anyhow::Result<GenerationConfig> {
+    let Some((name, value)) = setting.split_once('=') else {
+        bail!("`{setting}`: write it as name=value, such as temperature=0.2");
+    };
+    let (name, value) = (name.trim(), value.trim());
+    let mut fields = settings(config)?;
+    if !fields.contains_key(name) {
+        let names = fields.keys().map(String::as_str).collect::<Vec<_>>();
+        bail!("there is no setting `{name}`; it is one of {}", names.join(", "));
+    }
+    let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+    fields.insert(name.to_string(), value);
+    if DRAWING.contains(&name) {
+        fields.insert("do_sample".into(), true.into());
+    }
+    Ok(GenerationConfig::from_json(fields, setting)?)
 }

@@ -172,6 +172,17 @@ fn generate_prints_one_object() {
     assert_eq!(sampled("1"), sampled("1"));
     assert_ne!(sampled("1"), sampled("2"));
     assert_eq!(run(&["--num-beams", "3"])["ids"].as_array().unwrap().len(), 6);
+    let several = run(&["--num-beams", "3", "--set", "num_return_sequences=2"]);
+    assert_eq!(several["sequences"].as_array().unwrap().len(), 2);
+    assert_eq!(several["sequences"][0]["ids"], several["ids"]);
+    let first = report["ids"][0].as_u64().unwrap();
+    let banned = run(&["--greedy", "--set", &format!("suppress_tokens=[{first}]")]);
+    assert!(!banned["ids"].as_array().unwrap().contains(&first.into()));
+    oxiformers()
+        .args(["generate", path, "--prompt", "hello", "--set", "temprature=1"])
+        .assert()
+        .failure()
+        .stderr(contains("there is no setting `temprature`"));
 }
 
 #[test]
