@@ -92,7 +92,7 @@ pub struct SamplingArgs {
     /// Stop where this text appears; may be repeated.
     #[arg(long = "stop", value_name = "TEXT")]
     pub stop: Vec<String>,
-    /// Any other generation setting, such as typical_p=0.9 or bad_words_ids=[[5,9]]; may be repeated.
+    /// Any other generation setting, such as typical_p=0.9 or no_repeat_ngram_size=3; may be repeated.
     #[arg(long, value_name = "NAME=VALUE")]
     pub set: Vec<String>,
     /// Draw the same tokens every time.
