@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::ops::ControlFlow;
 
-use oxiformers::{LanguageModel, Message};
+use oxiformers::{FromPretrained, LanguageModel, Message};
 
 fn main() -> Result<(), oxiformers::Error> {
     let question = std::env::args()

@@ -3,7 +3,7 @@
 use std::pin::pin;
 
 use futures::StreamExt;
-use oxiformers::{GenerationConfig, LanguageModel};
+use oxiformers::{FromPretrained, GenerationConfig, LanguageModel};
 
 fn main() -> Result<(), oxiformers::Error> {
     let mut args = std::env::args().skip(1);

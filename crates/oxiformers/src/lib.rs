@@ -1,7 +1,7 @@
 //! Hugging Face Transformers, in Rust: open models from their own files, in one safe, fast library.
 //!
 //! ```no_run
-//! use oxiformers::{LanguageModel, Message};
+//! use oxiformers::{FromPretrained, LanguageModel, Message};
 //!
 //! fn main() -> Result<(), oxiformers::Error> {
 //!     let model = LanguageModel::from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")?;
@@ -20,6 +20,7 @@
 //! re-exported here: [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
 //! holds the architectures, [`nn`] their layers, [`generate`] the decoding loop.
 
+mod auto;
 mod conversation;
 pub mod device;
 mod error;
@@ -32,6 +33,7 @@ pub use oxiformers_models as models;
 pub use oxiformers_nn as nn;
 pub use oxiformers_processors as processors;
 
+pub use auto::FromPretrained;
 pub use burn::tensor::FloatDType;
 pub use conversation::Conversation;
 pub use error::{Error, Result};
@@ -43,4 +45,4 @@ pub use language_model::LanguageModel;
 pub use models::{AutoConfig, AutoModelForCausalLM, CausalLM};
 pub use nn::LoadOptions;
 pub use perplexity::{Perplexity, perplexity};
-pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer};
+pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer, Tokenizer as AutoTokenizer};
