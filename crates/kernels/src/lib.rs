@@ -5,5 +5,6 @@
 
 pub mod ggml;
 pub mod packed;
+pub mod threads;
 
 pub use packed::{PackedMatrix, packed_linear, packed_rows};

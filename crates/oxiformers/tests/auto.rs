@@ -1,6 +1,8 @@
 //! Parts of a model are loaded by the name of its folder.
 
-use oxiformers::{AutoConfig, AutoModelForCausalLM, AutoTokenizer, CausalLM, FromPretrained, GenerationConfig};
+use oxiformers::{
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, CausalLM, FromPretrained, GenerationConfig,
+};
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tests/fixtures/llama");
 
@@ -8,7 +10,9 @@ const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tests/fixtu
 fn from_pretrained() {
     assert_eq!(AutoConfig::from_pretrained(FOLDER).unwrap().model_type, "llama");
     assert_eq!(
-        AutoModelForCausalLM::from_pretrained(FOLDER).unwrap().vocab_size(),
+        AutoModelForCausalLM::from_pretrained(FOLDER)
+            .unwrap()
+            .vocab_size(),
         96
     );
     assert!(!GenerationConfig::from_pretrained(FOLDER).unwrap().do_sample);
