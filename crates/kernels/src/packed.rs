@@ -4,10 +4,11 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::backend::flex::FlexTensor;
-use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Int, Shape, Tensor, TensorData};
+
+use crate::flex;
+use crate::int8::{self, Activations, Int8Matrix};
+use crate::threads::{for_each, pieces};
 
 /// A weight matrix `[out_features, in_features]` kept in its storage format.
 ///
@@ -25,17 +26,71 @@ pub trait PackedMatrix: Debug + Send + Sync {
 
     /// Writes the rows as f32 to `dst`, which holds `rows.len() * in_features` values.
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]);
+
+    /// The form that integer kernels take, if the scheme and this processor have one.
+    fn int8(&self) -> Option<&Int8Matrix> {
+        None
+    }
 }
 
 /// `x · Wᵀ` for `x` of shape `[.., in_features]` on the CPU; the result is `[.., out_features]`.
 ///
-/// The weights are widened tile by tile into a scratch buffer that stays in the cache, so memory is
-/// read once in its packed form.
+/// Where the weights have an [integer form](PackedMatrix::int8), activations are quantized to it. Otherwise the
+/// weights are widened tile by tile into a scratch buffer that stays in the cache. Either way memory is read
+/// once in its packed form.
 pub fn packed_linear<const D: usize>(x: Tensor<D>, weight: &Arc<dyn PackedMatrix>) -> Tensor<D> {
-    Tensor::from_dispatch(<Dispatch as PackedOps>::packed_linear(
-        x.into_dispatch(),
-        SharedMatrix(weight.clone()),
-    ))
+    let [y] = packed_linears(x, [weight]);
+    y
+}
+
+/// [`packed_linear`] with several matrices and the same `x`, at once.
+pub fn packed_linears<const D: usize, const N: usize>(
+    x: Tensor<D>,
+    weights: [&Arc<dyn PackedMatrix>; N],
+) -> [Tensor<D>; N] {
+    let x = match flex::unwrap(x) {
+        Ok(x) => x.to_contiguous(),
+        Err(x) => return weights.map(|weight| dense_linear(x.clone(), weight.as_ref())),
+    };
+    let mut dims: [usize; D] = std::array::from_fn(|axis| x.layout().shape()[axis]);
+    let in_features = dims[D - 1];
+    let (start, len) = (x.layout().start_offset(), x.layout().num_elements());
+    let values = &x.storage::<f32>()[start..start + len];
+    let rows = len / in_features.max(1);
+    let mut outs = weights.map(|weight| vec![0.0f32; rows * weight.shape()[0]]);
+    let int8: Vec<&Int8Matrix> = weights.iter().filter_map(|weight| weight.int8()).collect();
+    if int8.len() == N {
+        int8::matmul(&Activations::quantize(values, in_features), &int8, &mut outs);
+    } else {
+        for (weight, out) in weights.iter().zip(&mut outs) {
+            match weight.int8() {
+                Some(matrix) => {
+                    let x = Activations::quantize(values, in_features);
+                    int8::matmul(&x, &[matrix], std::slice::from_mut(out));
+                }
+                None => matmul_transposed(values, weight.as_ref(), out),
+            }
+        }
+    }
+    let mut widths = weights.iter().map(|weight| weight.shape()[0]);
+    outs.map(|out| {
+        dims[D - 1] = widths.next().unwrap_or(0);
+        flex::tensor(out, dims)
+    })
+}
+
+/// The same of tensor operations, with widened weights on the device of `x`.
+fn dense_linear<const D: usize>(x: Tensor<D>, weight: &dyn PackedMatrix) -> Tensor<D> {
+    let [out_features, in_features] = weight.shape();
+    let mut values = vec![0.0f32; out_features * in_features];
+    weight.dequantize_rows(0..out_features, &mut values);
+    let values = TensorData::new(values, [out_features, in_features]).convert_dtype(x.dtype());
+    let weight = Tensor::<2>::from_data(values, (&x.device(), x.dtype()));
+    let mut dims = x.dims();
+    let rows = dims.iter().product::<usize>() / in_features.max(1);
+    let y = x.reshape([rows, in_features]).matmul(weight.transpose());
+    dims[D - 1] = out_features;
+    y.reshape(dims)
 }
 
 /// The rows `ids` `[n]` of a packed matrix, widened: `[n, in_features]`. An id outside of the matrix gives zeros.
@@ -54,34 +109,6 @@ pub fn packed_rows(ids: Tensor<1, Int>, weight: &Arc<dyn PackedMatrix>) -> Tenso
         TensorData::new(values, Shape::from([ids.len(), in_features])),
         &device,
     )
-}
-
-/// The packed matrix as it crosses the dispatch boundary.
-#[derive(Clone, Debug)]
-pub struct SharedMatrix(Arc<dyn PackedMatrix>);
-
-/// The backend operators of this module.
-#[backend_extension(Flex)]
-pub trait PackedOps: Backend {
-    /// See [`packed_linear`].
-    fn packed_linear(x: FloatTensor<Self>, weight: SharedMatrix) -> FloatTensor<Self>;
-}
-
-impl PackedOps for Flex {
-    fn packed_linear(x: FloatTensor<Self>, weight: SharedMatrix) -> FloatTensor<Self> {
-        let x = x.to_contiguous();
-        let mut dims = x.layout().shape().to_vec();
-        let [out_features, in_features] = weight.0.shape();
-        let batch = x.layout().num_elements() / in_features.max(1);
-        let mut out = vec![0.0f32; batch * out_features];
-        let start = x.layout().start_offset();
-        let values = &x.storage::<f32>()[start..start + batch * in_features];
-        matmul_transposed(values, weight.0.as_ref(), &mut out);
-        if let Some(last) = dims.last_mut() {
-            *last = out_features;
-        }
-        FlexTensor::from_data(TensorData::new(out, Shape::from(dims)))
-    }
 }
 
 /// Rows that one task widens at a time: with 4096 columns, 256 KiB of f32, about an L2 cache's half.
@@ -195,24 +222,14 @@ unsafe impl Sync for SharedOut {}
 // SAFETY: as above.
 unsafe impl Send for SharedOut {}
 
-/// Calls `task` for consecutive row ranges, in parallel where there are threads, each with a scratch
-/// buffer of its thread.
+/// Calls `task` for consecutive row ranges, in parallel, each with a scratch buffer.
 fn for_each_tile(rows: usize, task: impl Fn(Range<usize>, &mut Vec<f32>) + Sync) {
     let tiles = rows.div_ceil(TILE_ROWS);
-    let range = |tile: usize| tile * TILE_ROWS..((tile + 1) * TILE_ROWS).min(rows);
-    #[cfg(not(target_arch = "wasm32"))]
-    {
-        use rayon::prelude::*;
-        (0..tiles)
-            .into_par_iter()
-            .with_min_len(tiles.div_ceil(8 * rayon::current_num_threads()))
-            .for_each_init(Vec::new, |scratch, tile| task(range(tile), scratch));
-    }
-    #[cfg(target_arch = "wasm32")]
-    {
+    let (count, size) = pieces(tiles, 1);
+    for_each(count, |piece| {
         let mut scratch = Vec::new();
-        for tile in 0..tiles {
-            task(range(tile), &mut scratch);
+        for tile in piece * size..tiles.min((piece + 1) * size) {
+            task(tile * TILE_ROWS..((tile + 1) * TILE_ROWS).min(rows), &mut scratch);
         }
-    }
+    });
 }

@@ -286,11 +286,10 @@ impl Attention {
             None => x,
         };
         let (q, k, v) = match &self.qkv {
-            Projection::Split([q, k, v]) => (
-                clip(q.forward(x.clone())),
-                clip(k.forward(x.clone())),
-                clip(v.forward(x)),
-            ),
+            Projection::Split([q, k, v]) => {
+                let [q, k, v] = Linear::forward_all([q, k, v], x);
+                (clip(q), clip(k), clip(v))
+            }
             Projection::Stacked(qkv) => {
                 let qkv = clip(qkv.forward(x));
                 let (q_width, kv_width) = (heads * dim, kv_heads * dim);

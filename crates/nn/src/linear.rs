@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use oxiformers_kernels::{PackedMatrix, packed_linear};
+use oxiformers_kernels::{PackedMatrix, packed_linear, packed_linears};
 
 use crate::{Error, Init, Result, Weights};
 
@@ -112,6 +112,22 @@ impl Linear {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
         }
+    }
+
+    /// Several layers over the same input, at once where their weights allow it.
+    pub fn forward_all<const D: usize, const N: usize>(layers: [&Self; N], x: Tensor<D>) -> [Tensor<D>; N] {
+        let packed: Vec<_> = layers
+            .iter()
+            .filter_map(|layer| layer.weight.packed.as_ref())
+            .collect();
+        let Ok(packed) = <[_; N]>::try_from(packed) else {
+            return layers.map(|layer| layer.forward(x.clone()));
+        };
+        let mut layers = layers.into_iter();
+        packed_linears(x, packed).map(|y| match layers.next().and_then(|layer| layer.bias.as_ref()) {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        })
     }
 
     /// Number of output features.

@@ -102,7 +102,10 @@ impl GatedMlp {
     /// `[.., hidden]` to the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let (gate, up) = match (&self.gate_proj, &self.up_proj, &self.gate_up_proj) {
-            (Some(gate), Some(up), _) => (gate.forward(x.clone()), up.forward(x)),
+            (Some(gate), Some(up), _) => {
+                let [gate, up] = Linear::forward_all([gate, up], x);
+                (gate, up)
+            }
             (_, _, Some(both)) => {
                 let both = both.forward(x);
                 let half = both.dims()[D - 1] / 2;

@@ -63,8 +63,8 @@ pub fn parse(name: &str) -> Result<Device, UnknownDevice> {
 /// Returns whether it took effect.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn set_threads(threads: usize) -> bool {
-    rayon::ThreadPoolBuilder::new()
+    let others = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
-        .build_global()
-        .is_ok()
+        .build_global();
+    oxiformers_kernels::threads::set_num_threads(threads) && others.is_ok()
 }

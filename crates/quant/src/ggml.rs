@@ -1,9 +1,11 @@
 //! The block formats of ggml, as GGUF files store them.
 
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
+use oxiformers_kernels::int8::Int8Matrix;
 use oxiformers_kernels::{PackedMatrix, ggml};
 
 /// A matrix whose rows are runs of ggml blocks.
@@ -13,6 +15,8 @@ pub struct GgmlMatrix {
     shape: [usize; 2],
     row_bytes: usize,
     data: Bytes,
+    /// Made when the first product needs it: tables of embeddings are only looked up.
+    int8: Arc<OnceLock<Option<Int8Matrix>>>,
 }
 
 impl GgmlMatrix {
@@ -28,6 +32,7 @@ impl GgmlMatrix {
             shape,
             row_bytes,
             data,
+            int8: Arc::default(),
         })
     }
 }
@@ -49,5 +54,11 @@ impl PackedMatrix for GgmlMatrix {
         let bytes = &self.data[rows.start * self.row_bytes..rows.end * self.row_bytes];
         let done = ggml::dequantize(self.ty, bytes, dst);
         debug_assert!(done.is_ok(), "the constructor checked the sizes");
+    }
+
+    fn int8(&self) -> Option<&Int8Matrix> {
+        let [rows, cols] = self.shape;
+        let pack = || Int8Matrix::pack(self.ty, rows, cols, &self.data);
+        self.int8.get_or_init(pack).as_ref()
     }
 }

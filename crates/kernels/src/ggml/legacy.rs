@@ -1,59 +1,90 @@
 //! Blocks of 32 values with one scale, and in the `_1` formats one minimum.
 
-use super::half;
+use super::{Format, Groups, half};
 
-#[inline(always)]
-pub(super) fn q4_0(block: &[u8; 18], y: &mut [f32; 32]) {
-    let d = half(block, 0);
-    for j in 0..16 {
-        let q = block[2 + j];
-        y[j] = (i32::from(q & 0xF) - 8) as f32 * d;
-        y[j + 16] = (i32::from(q >> 4) - 8) as f32 * d;
+pub(super) struct Q4_0;
+
+impl Format<18, 32> for Q4_0 {
+    const BITS: usize = 4;
+    const OFFSET: i32 = 8;
+
+    #[inline(always)]
+    fn unpack(block: &[u8; 18], codes: &mut [u8; 32], groups: &mut Groups) {
+        groups.scales[0] = half(block, 0);
+        nibbles(&block[2..], codes);
     }
 }
 
-#[inline(always)]
-pub(super) fn q4_1(block: &[u8; 20], y: &mut [f32; 32]) {
-    let (d, m) = (half(block, 0), half(block, 2));
-    for j in 0..16 {
-        let q = block[4 + j];
-        y[j] = f32::from(q & 0xF) * d + m;
-        y[j + 16] = f32::from(q >> 4) * d + m;
+pub(super) struct Q4_1;
+
+impl Format<20, 32> for Q4_1 {
+    const BITS: usize = 4;
+    const MIN: bool = true;
+
+    #[inline(always)]
+    fn unpack(block: &[u8; 20], codes: &mut [u8; 32], groups: &mut Groups) {
+        (groups.scales[0], groups.mins[0]) = (half(block, 0), half(block, 2));
+        nibbles(&block[4..], codes);
     }
 }
 
-/// The fifth bits of a block's values, value `j` at bit `j`.
-#[inline(always)]
-fn fifth_bits(block: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
-}
+pub(super) struct Q5_0;
 
-#[inline(always)]
-pub(super) fn q5_0(block: &[u8; 22], y: &mut [f32; 32]) {
-    let d = half(block, 0);
-    let high = fifth_bits(block, 2);
-    for j in 0..16 {
-        let q = u32::from(block[6 + j]);
-        y[j] = ((q & 0xF | (high >> j & 1) << 4) as i32 - 16) as f32 * d;
-        y[j + 16] = ((q >> 4 | (high >> (j + 16) & 1) << 4) as i32 - 16) as f32 * d;
+impl Format<22, 32> for Q5_0 {
+    const BITS: usize = 5;
+    const OFFSET: i32 = 16;
+
+    #[inline(always)]
+    fn unpack(block: &[u8; 22], codes: &mut [u8; 32], groups: &mut Groups) {
+        groups.scales[0] = half(block, 0);
+        nibbles(&block[6..], codes);
+        fifth_bits(&block[2..6], codes);
     }
 }
 
-#[inline(always)]
-pub(super) fn q5_1(block: &[u8; 24], y: &mut [f32; 32]) {
-    let (d, m) = (half(block, 0), half(block, 2));
-    let high = fifth_bits(block, 4);
-    for j in 0..16 {
-        let q = u32::from(block[8 + j]);
-        y[j] = (q & 0xF | (high >> j & 1) << 4) as f32 * d + m;
-        y[j + 16] = (q >> 4 | (high >> (j + 16) & 1) << 4) as f32 * d + m;
+pub(super) struct Q5_1;
+
+impl Format<24, 32> for Q5_1 {
+    const BITS: usize = 5;
+    const MIN: bool = true;
+
+    #[inline(always)]
+    fn unpack(block: &[u8; 24], codes: &mut [u8; 32], groups: &mut Groups) {
+        (groups.scales[0], groups.mins[0]) = (half(block, 0), half(block, 2));
+        nibbles(&block[8..], codes);
+        fifth_bits(&block[4..8], codes);
     }
 }
 
+pub(super) struct Q8_0;
+
+impl Format<34, 32> for Q8_0 {
+    const BITS: usize = 8;
+    const OFFSET: i32 = 128;
+
+    #[inline(always)]
+    fn unpack(block: &[u8; 34], codes: &mut [u8; 32], groups: &mut Groups) {
+        groups.scales[0] = half(block, 0);
+        for (code, q) in codes.iter_mut().zip(&block[2..]) {
+            *code = q ^ 0x80;
+        }
+    }
+}
+
+/// Low halves of 16 bytes, then high halves.
 #[inline(always)]
-pub(super) fn q8_0(block: &[u8; 34], y: &mut [f32; 32]) {
-    let d = half(block, 0);
-    for j in 0..32 {
-        y[j] = f32::from(block[2 + j] as i8) * d;
+pub(super) fn nibbles(bytes: &[u8], codes: &mut [u8]) {
+    for j in 0..16 {
+        codes[j] = bytes[j] & 0xF;
+        codes[j + 16] = bytes[j] >> 4;
+    }
+}
+
+/// Adds the fifth bits of a block's values, value `j` at bit `j` of four bytes.
+#[inline(always)]
+fn fifth_bits(bytes: &[u8], codes: &mut [u8; 32]) {
+    let bits = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    for (j, code) in codes.iter_mut().enumerate() {
+        *code |= ((bits >> j & 1) << 4) as u8;
     }
 }

@@ -1,0 +1,230 @@
+//! A tile of weights times rows of activations.
+
+use super::simd::Simd;
+use super::{Activations, BLOCK, TILE, planes};
+use crate::ggml::Format;
+
+/// Writes, for every row of activations, `columns` values to `out`, whose rows are `stride` apart.
+///
+/// # Safety
+/// The first argument points to as many blocks of the kernel's format as the activations have, the second to 16
+/// factors; `out` has room for all rows; the processor has the kernel's instructions.
+pub(super) type Kernel = unsafe fn(
+    tile: *const u8,
+    factors: *const f32,
+    x: &Activations,
+    out: *mut f32,
+    stride: usize,
+    columns: usize,
+);
+
+/// The best kernel of this processor for a format.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn kernel<F: Format<B, N>, const B: usize, const N: usize>() -> Option<Kernel> {
+    use std::arch::is_x86_feature_detected as has;
+    if has!("avx512f") && has!("avx512bw") && has!("avx512vnni") {
+        Some(avx512::<F, B, N>)
+    } else if has!("avx2") && has!("fma") && has!("f16c") {
+        Some(avx2::<F, B, N>)
+    } else {
+        None
+    }
+}
+
+/// The best kernel of this processor for a format.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn kernel<F: Format<B, N>, const B: usize, const N: usize>() -> Option<Kernel> {
+    None
+}
+
+#[cfg(target_arch = "x86_64")]
+macro_rules! kernel {
+    ($name:ident, $simd:ty, $features:literal) => {
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $name<F: Format<B, N>, const B: usize, const N: usize>(
+            tile: *const u8,
+            factors: *const f32,
+            x: &Activations,
+            out: *mut f32,
+            stride: usize,
+            columns: usize,
+        ) {
+            // SAFETY: the caller's; the features are enabled here.
+            unsafe { all_rows::<$simd, F, B, N>(tile, factors, x, out, stride, columns) }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+kernel!(
+    avx512,
+    super::simd::Avx512,
+    "avx512f,avx512bw,avx512vnni,avx512vl,avx512dq"
+);
+#[cfg(target_arch = "x86_64")]
+kernel!(avx2, super::simd::Avx2, "avx2,fma,f16c");
+
+/// # Safety
+/// See [`Kernel`].
+#[inline(always)]
+unsafe fn all_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
+    tile: *const u8,
+    factors: *const f32,
+    x: &Activations,
+    out: *mut f32,
+    stride: usize,
+    columns: usize,
+) {
+    let mut row = 0;
+    // SAFETY: the caller's; rows stay below `x.rows`.
+    unsafe {
+        while S::ROWS > 4 && x.rows - row >= 8 {
+            some_rows::<S, F, B, N, 8>(tile, factors, x, row, out, stride, columns);
+            row += 8;
+        }
+        while S::ROWS > 2 && x.rows - row >= 4 {
+            some_rows::<S, F, B, N, 4>(tile, factors, x, row, out, stride, columns);
+            row += 4;
+        }
+        while x.rows - row >= 2 {
+            some_rows::<S, F, B, N, 2>(tile, factors, x, row, out, stride, columns);
+            row += 2;
+        }
+        if x.rows > row {
+            some_rows::<S, F, B, N, 1>(tile, factors, x, row, out, stride, columns);
+        }
+    }
+}
+
+/// # Safety
+/// See [`Kernel`]; `first + M` rows exist.
+#[inline(always)]
+unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, const M: usize>(
+    tile: *const u8,
+    factors: *const f32,
+    x: &Activations,
+    first: usize,
+    out: *mut f32,
+    stride: usize,
+    columns: usize,
+) {
+    let blocks = x.cols / BLOCK;
+    let code_bytes = TILE * BLOCK * F::BITS / 8;
+    let scale_bytes = 2 * TILE * (BLOCK / F::GROUP);
+    let block_bytes = code_bytes + scale_bytes * if F::MIN { 2 } else { 1 };
+    // SAFETY: all offsets stay within the tile and the rows `first..first + M`, see the sizes above.
+    unsafe {
+        let codes: [*const i8; M] = std::array::from_fn(|m| x.codes.as_ptr().add((first + m) * x.cols));
+        let scales: [*const f32; M] = std::array::from_fn(|m| x.scales.as_ptr().add((first + m) * blocks));
+        let sums: [*const i32; M] = std::array::from_fn(|m| x.sums.as_ptr().add((first + m) * 2 * blocks));
+        // Codes become unsigned numbers from which something is taken: tables begin at -128.
+        let (table, offset) = match F::TABLE {
+            Some(table) => (S::table(&table.map(|value| (value as u8) ^ 0x80)), 128),
+            None => (S::splat(0), F::OFFSET),
+        };
+        let mut total = [S::zero(); M];
+        for block in 0..blocks {
+            let at = tile.add(block * block_bytes);
+            for part in 0..BLOCK / F::GROUP {
+                let sum = |m: usize| {
+                    let sums = sums[m].add(2 * block);
+                    if F::GROUP == BLOCK {
+                        *sums + *sums.add(1)
+                    } else {
+                        *sums.add(part)
+                    }
+                };
+                let mut dots: [S::Int; M] =
+                    std::array::from_fn(|m| S::splat(if offset == 0 { 0 } else { -offset * sum(m) }));
+                macro_rules! steps {
+                    ($($step:literal)*) => {$(
+                        if F::GROUP == BLOCK || $step / 4 == part {
+                            let mut w = step::<S, $step>(at, F::BITS);
+                            if F::TABLE.is_some() {
+                                w = S::look_up(table, w);
+                            }
+                            for m in 0..M {
+                                let four = codes[m].add(block * BLOCK + 4 * $step).cast::<i32>().read_unaligned();
+                                dots[m] = if F::BITS == 8 || F::TABLE.is_some() {
+                                    S::dot::<true>(dots[m], w, four)
+                                } else {
+                                    S::dot::<false>(dots[m], w, four)
+                                };
+                            }
+                        }
+                    )*};
+                }
+                steps!(0 1 2 3 4 5 6 7);
+                let scale = S::load_half(at.add(code_bytes + 2 * TILE * part));
+                for m in 0..M {
+                    let x_scale = *scales[m].add(block);
+                    // The scale of the weights is the same for all rows; that of the activation, for all lanes.
+                    let scaled = S::mul(S::to_float(dots[m]), scale);
+                    total[m] = S::scale_add(scaled, x_scale, total[m]);
+                }
+                if F::MIN {
+                    let min = S::load_half(at.add(code_bytes + scale_bytes + 2 * TILE * part));
+                    for m in 0..M {
+                        total[m] = S::scale_add(min, *scales[m].add(block) * sum(m) as f32, total[m]);
+                    }
+                }
+            }
+        }
+        let factors = S::load_float(factors);
+        for (m, total) in total.into_iter().enumerate() {
+            let values = S::mul(total, factors);
+            let out = out.add((first + m) * stride);
+            if columns == TILE {
+                S::store(values, out);
+            } else {
+                let mut all = [0.0; TILE];
+                S::store(values, all.as_mut_ptr());
+                out.copy_from_nonoverlapping(all.as_ptr(), columns);
+            }
+        }
+    }
+}
+
+/// The codes of the columns `4 STEP..4 STEP + 4` of all rows.
+///
+/// # Safety
+/// `block` points to the code planes of a block.
+#[inline(always)]
+unsafe fn step<S: Simd, const STEP: usize>(block: *const u8, bits: usize) -> S::Int {
+    // SAFETY: the caller's.
+    unsafe {
+        let low = plane::<S, STEP>(block, planes(bits)[0]);
+        let second = block.add(64 * planes(bits)[0]);
+        match bits {
+            3 => S::join::<2>(low, plane::<S, STEP>(second, 1)),
+            5 => S::join::<4>(low, plane::<S, STEP>(second, 1)),
+            6 => S::join::<4>(low, plane::<S, STEP>(second, 2)),
+            _ => low,
+        }
+    }
+}
+
+/// See [`place_codes`](super::place_codes).
+///
+/// # Safety
+/// `plane` points to a plane of `bits` bits.
+#[inline(always)]
+unsafe fn plane<S: Simd, const STEP: usize>(plane: *const u8, bits: usize) -> S::Int {
+    let steps = 8 / bits;
+    // SAFETY: the caller's.
+    unsafe {
+        let bytes = S::load(plane.add(64 * (STEP / steps)));
+        let mask = ((1u32 << bits) - 1) as u8;
+        match bits * (STEP % steps) {
+            _ if bits == 8 => bytes,
+            0 => S::bits::<0>(bytes, mask),
+            1 => S::bits::<1>(bytes, mask),
+            2 => S::bits::<2>(bytes, mask),
+            3 => S::bits::<3>(bytes, mask),
+            4 => S::bits::<4>(bytes, mask),
+            5 => S::bits::<5>(bytes, mask),
+            6 => S::bits::<6>(bytes, mask),
+            _ => S::bits::<7>(bytes, mask),
+        }
+    }
+}

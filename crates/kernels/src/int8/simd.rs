@@ -1,0 +1,233 @@
+//! What the integer kernels need of a processor: sixteen lanes of four bytes each.
+
+/// Sixteen lanes, each with an `i32` or four bytes, or an `f32`.
+///
+/// # Safety
+/// The methods may only be called on a processor that has the instructions of the implementation, inlined into
+/// a function that is compiled for them.
+pub(super) trait Simd: Copy {
+    /// 64 bytes, or 16 `i32`.
+    type Int: Copy;
+    /// 16 `f32`.
+    type Float: Copy;
+    /// Rows of activations that one pass over a tile multiplies with.
+    const ROWS: usize;
+
+    unsafe fn load(from: *const u8) -> Self::Int;
+    unsafe fn splat(value: i32) -> Self::Int;
+    /// A table of 16 bytes for [`look_up`](Self::look_up).
+    unsafe fn table(table: &[u8; 16]) -> Self::Int;
+    unsafe fn look_up(table: Self::Int, indices: Self::Int) -> Self::Int;
+    /// Bytes shifted right by `RIGHT` bits and masked: what is wanted of a byte must end below its top.
+    unsafe fn bits<const RIGHT: u32>(v: Self::Int, mask: u8) -> Self::Int;
+    /// `low | high << LEFT`, bytewise; nothing is shifted out.
+    unsafe fn join<const LEFT: u32>(low: Self::Int, high: Self::Int) -> Self::Int;
+    /// Adds to each lane the dot product of its four unsigned bytes with the four signed ones of `s`. Unsigned
+    /// bytes above 127 are only allowed with `FULL`.
+    unsafe fn dot<const FULL: bool>(acc: Self::Int, u: Self::Int, s: i32) -> Self::Int;
+
+    unsafe fn zero() -> Self::Float;
+    unsafe fn to_float(v: Self::Int) -> Self::Float;
+    unsafe fn load_half(from: *const u8) -> Self::Float;
+    unsafe fn load_float(from: *const f32) -> Self::Float;
+    unsafe fn store(v: Self::Float, to: *mut f32);
+    unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float;
+    /// `a · x + b`.
+    unsafe fn scale_add(a: Self::Float, x: f32, b: Self::Float) -> Self::Float;
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Simd;
+
+    /// AVX-512 with VNNI (Ice Lake, Zen 4).
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512;
+
+    // SAFETY of all bodies: plain arithmetic and loads of as many bytes as the trait says; the caller vouches
+    // for the processor and the pointers.
+    impl Simd for Avx512 {
+        type Int = __m512i;
+        type Float = __m512;
+        const ROWS: usize = 8;
+
+        #[inline(always)]
+        unsafe fn load(from: *const u8) -> __m512i {
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn splat(value: i32) -> __m512i {
+            unsafe { _mm512_set1_epi32(value) }
+        }
+        #[inline(always)]
+        unsafe fn table(table: &[u8; 16]) -> __m512i {
+            unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        unsafe fn look_up(table: __m512i, indices: __m512i) -> __m512i {
+            unsafe { _mm512_shuffle_epi8(table, indices) }
+        }
+        #[inline(always)]
+        unsafe fn bits<const RIGHT: u32>(v: __m512i, mask: u8) -> __m512i {
+            unsafe { _mm512_and_si512(_mm512_srli_epi16::<RIGHT>(v), _mm512_set1_epi8(mask as i8)) }
+        }
+        #[inline(always)]
+        unsafe fn join<const LEFT: u32>(low: __m512i, high: __m512i) -> __m512i {
+            unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<LEFT>(high)) }
+        }
+        #[inline(always)]
+        unsafe fn dot<const FULL: bool>(acc: __m512i, u: __m512i, s: i32) -> __m512i {
+            unsafe { _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)) }
+        }
+        #[inline(always)]
+        unsafe fn zero() -> __m512 {
+            unsafe { _mm512_setzero_ps() }
+        }
+        #[inline(always)]
+        unsafe fn to_float(v: __m512i) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn load_half(from: *const u8) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_float(from: *const f32) -> __m512 {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store(v: __m512, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn scale_add(a: __m512, x: f32, b: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, _mm512_set1_ps(x), b) }
+        }
+    }
+
+    /// AVX2 with FMA and F16C (Haswell, Zen).
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2;
+
+    /// The same for both halves.
+    macro_rules! both {
+        (|$($v:ident),+| $body:expr) => {
+            [{ $(let $v = $v[0];)+ $body }, { $(let $v = $v[1];)+ $body }]
+        };
+    }
+
+    // SAFETY: as above.
+    impl Simd for Avx2 {
+        type Int = [__m256i; 2];
+        type Float = [__m256; 2];
+        const ROWS: usize = 2;
+
+        #[inline(always)]
+        unsafe fn load(from: *const u8) -> [__m256i; 2] {
+            unsafe {
+                [
+                    _mm256_loadu_si256(from.cast()),
+                    _mm256_loadu_si256(from.add(32).cast()),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn splat(value: i32) -> [__m256i; 2] {
+            unsafe { [_mm256_set1_epi32(value); 2] }
+        }
+        #[inline(always)]
+        unsafe fn table(table: &[u8; 16]) -> [__m256i; 2] {
+            unsafe { [_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())); 2] }
+        }
+        #[inline(always)]
+        unsafe fn look_up(table: [__m256i; 2], indices: [__m256i; 2]) -> [__m256i; 2] {
+            unsafe { both!(|table, indices| _mm256_shuffle_epi8(table, indices)) }
+        }
+        #[inline(always)]
+        unsafe fn bits<const RIGHT: u32>(v: [__m256i; 2], mask: u8) -> [__m256i; 2] {
+            unsafe {
+                let (count, mask) = (_mm_cvtsi32_si128(RIGHT as i32), _mm256_set1_epi8(mask as i8));
+                both!(|v| _mm256_and_si256(_mm256_srl_epi16(v, count), mask))
+            }
+        }
+        #[inline(always)]
+        unsafe fn join<const LEFT: u32>(low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
+            unsafe {
+                let count = _mm_cvtsi32_si128(LEFT as i32);
+                both!(|low, high| _mm256_or_si256(low, _mm256_sll_epi16(high, count)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot<const FULL: bool>(acc: [__m256i; 2], u: [__m256i; 2], s: i32) -> [__m256i; 2] {
+            unsafe {
+                let s = _mm256_set1_epi32(s);
+                let ones = _mm256_set1_epi16(1);
+                if !FULL {
+                    return both!(|acc, u| {
+                        let pairs = _mm256_maddubs_epi16(u, s);
+                        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones))
+                    });
+                }
+                // Two products of eight bits do not fit 16: the top bit goes apart.
+                let low = _mm256_set1_epi8(127);
+                both!(|acc, u| {
+                    let pairs = _mm256_maddubs_epi16(_mm256_and_si256(u, low), s);
+                    let tops = _mm256_maddubs_epi16(
+                        _mm256_and_si256(_mm256_srli_epi16::<7>(u), _mm256_set1_epi8(1)),
+                        s,
+                    );
+                    let acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones));
+                    _mm256_add_epi32(acc, _mm256_madd_epi16(tops, _mm256_set1_epi16(128)))
+                })
+            }
+        }
+        #[inline(always)]
+        unsafe fn zero() -> [__m256; 2] {
+            unsafe { [_mm256_setzero_ps(); 2] }
+        }
+        #[inline(always)]
+        unsafe fn to_float(v: [__m256i; 2]) -> [__m256; 2] {
+            unsafe { both!(|v| _mm256_cvtepi32_ps(v)) }
+        }
+        #[inline(always)]
+        unsafe fn load_half(from: *const u8) -> [__m256; 2] {
+            unsafe {
+                [
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.add(16).cast())),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_float(from: *const f32) -> [__m256; 2] {
+            unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+        }
+        #[inline(always)]
+        unsafe fn store(v: [__m256; 2], to: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(to, v[0]);
+                _mm256_storeu_ps(to.add(8), v[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            unsafe { both!(|a, b| _mm256_mul_ps(a, b)) }
+        }
+        #[inline(always)]
+        unsafe fn scale_add(a: [__m256; 2], x: f32, b: [__m256; 2]) -> [__m256; 2] {
+            unsafe {
+                let x = _mm256_set1_ps(x);
+                both!(|a, b| _mm256_fmadd_ps(a, x, b))
+            }
+        }
+    }
+}
