@@ -114,7 +114,7 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
     let block_bytes = code_bytes + scale_bytes * if F::MIN { 2 } else { 1 };
     // SAFETY: all offsets stay within the tile and the rows `first..first + M`, see the sizes above.
     unsafe {
-        let codes: [*const i8; M] = std::array::from_fn(|m| x.codes.as_ptr().add((first + m) * x.cols));
+        let codes: [*const i8; M] = std::array::from_fn(|m| x.codes.as_ptr().add((first + m) * 2 * x.cols));
         let scales: [*const f32; M] = std::array::from_fn(|m| x.scales.as_ptr().add((first + m) * blocks));
         let sums: [*const i32; M] = std::array::from_fn(|m| x.sums.as_ptr().add((first + m) * 2 * blocks));
         // Codes become unsigned numbers from which something is taken: tables begin at -128.
@@ -122,6 +122,7 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
             Some(table) => (S::table(&table.map(|value| (value as u8) ^ 0x80)), 128),
             None => (S::splat(0), F::OFFSET),
         };
+        let full = F::BITS == 8 || F::TABLE.is_some();
         let mut total = [S::zero(); M];
         for block in 0..blocks {
             let at = tile.add(block * block_bytes);
@@ -136,6 +137,7 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
                 };
                 let mut dots: [S::Int; M] =
                     std::array::from_fn(|m| S::splat(if offset == 0 { 0 } else { -offset * sum(m) }));
+                let mut high = [S::splat(0); M];
                 macro_rules! steps {
                     ($($step:literal)*) => {$(
                         if F::GROUP == BLOCK || $step / 4 == part {
@@ -144,12 +146,9 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
                                 w = S::look_up(table, w);
                             }
                             for m in 0..M {
-                                let four = codes[m].add(block * BLOCK + 4 * $step).cast::<i32>().read_unaligned();
-                                dots[m] = if F::BITS == 8 || F::TABLE.is_some() {
-                                    S::dot::<true>(dots[m], w, four)
-                                } else {
-                                    S::dot::<false>(dots[m], w, four)
-                                };
+                                let at = codes[m].add(block * 2 * BLOCK + 4 * $step);
+                                dots[m] = dot::<S>(dots[m], w, at.add(BLOCK), full);
+                                high[m] = dot::<S>(high[m], w, at, full);
                             }
                         }
                     )*};
@@ -159,7 +158,7 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
                 for m in 0..M {
                     let x_scale = *scales[m].add(block);
                     // The scale of the weights is the same for all rows; that of the activation, for all lanes.
-                    let scaled = S::mul(S::to_float(dots[m]), scale);
+                    let scaled = S::mul(S::to_float(S::join_sums(high[m], dots[m])), scale);
                     total[m] = S::scale_add(scaled, x_scale, total[m]);
                 }
                 if F::MIN {
@@ -181,6 +180,21 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
                 S::store(values, all.as_mut_ptr());
                 out.copy_from_nonoverlapping(all.as_ptr(), columns);
             }
+        }
+    }
+}
+
+/// # Safety
+/// `four` points to four bytes.
+#[inline(always)]
+unsafe fn dot<S: Simd>(acc: S::Int, w: S::Int, four: *const i8, full: bool) -> S::Int {
+    // SAFETY: the caller's.
+    unsafe {
+        let four = four.cast::<i32>().read_unaligned();
+        if full {
+            S::dot::<true>(acc, w, four)
+        } else {
+            S::dot::<false>(acc, w, four)
         }
     }
 }

@@ -1,5 +1,9 @@
 //! What the integer kernels need of a processor: sixteen lanes of four bytes each.
 
+// All bodies are plain arithmetic, and loads of as many bytes as the trait says; who calls vouches for the
+// processor and the pointers.
+#![allow(clippy::undocumented_unsafe_blocks)]
+
 /// Sixteen lanes, each with an `i32` or four bytes, or an `f32`.
 ///
 /// # Safety
@@ -26,6 +30,9 @@ pub(super) trait Simd: Copy {
     /// bytes above 127 are only allowed with `FULL`.
     unsafe fn dot<const FULL: bool>(acc: Self::Int, u: Self::Int, s: i32) -> Self::Int;
 
+    /// `128 · high + low`, lane by lane.
+    unsafe fn join_sums(high: Self::Int, low: Self::Int) -> Self::Int;
+
     unsafe fn zero() -> Self::Float;
     unsafe fn to_float(v: Self::Int) -> Self::Float;
     unsafe fn load_half(from: *const u8) -> Self::Float;
@@ -49,8 +56,6 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512;
 
-    // SAFETY of all bodies: plain arithmetic and loads of as many bytes as the trait says; the caller vouches
-    // for the processor and the pointers.
     impl Simd for Avx512 {
         type Int = __m512i;
         type Float = __m512;
@@ -83,6 +88,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn dot<const FULL: bool>(acc: __m512i, u: __m512i, s: i32) -> __m512i {
             unsafe { _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)) }
+        }
+        #[inline(always)]
+        unsafe fn join_sums(high: __m512i, low: __m512i) -> __m512i {
+            unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
         }
         #[inline(always)]
         unsafe fn zero() -> __m512 {
@@ -125,7 +134,6 @@ mod x86 {
         };
     }
 
-    // SAFETY: as above.
     impl Simd for Avx2 {
         type Int = [__m256i; 2];
         type Float = [__m256; 2];
@@ -189,6 +197,10 @@ mod x86 {
                     _mm256_add_epi32(acc, _mm256_madd_epi16(tops, _mm256_set1_epi16(128)))
                 })
             }
+        }
+        #[inline(always)]
+        unsafe fn join_sums(high: [__m256i; 2], low: [__m256i; 2]) -> [__m256i; 2] {
+            unsafe { both!(|high, low| _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low)) }
         }
         #[inline(always)]
         unsafe fn zero() -> [__m256; 2] {
