@@ -9,6 +9,7 @@
 //! llama.cpp has it, a small model's answers come out differently now and then. Reading the weights takes longer
 //! than the second product. Products are exact in 32-bit integers.
 
+use half::slice::HalfFloatSliceExt;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
 
 use crate::ggml::{Format, Groups, Visitor, with_format};
@@ -112,7 +113,8 @@ impl Int8Matrix {
                                 std::slice::from_raw_parts_mut(factors.at(tile * TILE), TILE),
                             )
                         };
-                        scratch.pack::<F, B, N>(bytes, row_bytes, layout, to, factors);
+                        let pack = || scratch.pack::<F, B, N>(bytes, row_bytes, layout, to, factors);
+                        pulp::Arch::new().dispatch(pack);
                     }
                 });
                 Some(matrix)
@@ -141,6 +143,7 @@ struct Scratch {
 }
 
 impl Scratch {
+    #[inline(always)]
     fn pack<F: Format<B, N>, const B: usize, const N: usize>(
         &mut self,
         bytes: &[u8],
@@ -178,25 +181,29 @@ impl Scratch {
         let per_block = BLOCK / F::GROUP;
         for (block, to) in to.chunks_exact_mut(layout.block_bytes()).enumerate() {
             let (codes, halves) = to.split_at_mut(layout.code_bytes());
-            codes.fill(0);
-            for row in 0..TILE {
-                let from = &self.codes[row * cols + block * BLOCK..][..BLOCK];
-                place_codes(from, row, F::BITS, codes);
-            }
-            for (index, half) in halves.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                let (array, row) = (index / TILE, index % TILE);
+            let rows: [[u32; BLOCK / 4]; TILE] = std::array::from_fn(|row| {
+                let from = self.codes[row * cols + block * BLOCK..][..BLOCK]
+                    .as_chunks::<4>()
+                    .0;
+                std::array::from_fn(|step| u32::from_le_bytes(from[step]))
+            });
+            place_codes(&rows, F::BITS, codes);
+            for (array, halves) in halves.chunks_exact_mut(2 * TILE).enumerate() {
                 let values = if array < per_block {
                     &self.scales
                 } else {
                     &self.mins
                 };
-                let value = values[row * groups + block * per_block + array % per_block];
-                let inverse = if factors[row] > 0.0 {
-                    1.0 / factors[row]
-                } else {
-                    0.0
-                };
-                *half = half::f16::from_f32(value * inverse).to_le_bytes();
+                let column = block * per_block + array % per_block;
+                let scaled: [f32; TILE] = std::array::from_fn(|row| {
+                    values[row * groups + column] / factors[row].max(f32::MIN_POSITIVE)
+                });
+                // Sixteen at once: one by one, each would ask what the processor can do.
+                let mut rounded = [half::f16::ZERO; TILE];
+                rounded.convert_from_f32_slice(&scaled);
+                for (half, rounded) in halves.as_chunks_mut::<2>().0.iter_mut().zip(rounded) {
+                    *half = rounded.to_le_bytes();
+                }
             }
         }
     }
@@ -213,21 +220,36 @@ fn factor<'a>(values: impl Iterator<Item = &'a f32>) -> f32 {
     2f32.powi(exponent)
 }
 
-/// Puts the 32 codes of a row of a block where they belong. Codes are cut into planes of 8, 4, 2 or 1 bits; in
-/// a plane of `b` bits, the byte of row `r` and column `4 s + c` is byte `4 r + c` of the 64 bytes numbered
-/// `s / (8 / b)`, from bit `b (s mod (8 / b))` on.
-fn place_codes(from: &[u8], row: usize, bits: usize, to: &mut [u8]) {
-    let mut shift = 0;
-    let mut plane = to;
-    for b in planes(bits).into_iter().filter(|b| *b > 0) {
-        let steps = 8 / b;
-        for (column, code) in from.iter().enumerate() {
-            let step = column / 4;
-            let part = u32::from(*code) >> shift & ((1 << b) - 1);
-            plane[step / steps * 64 + 4 * row + column % 4] |= (part << (b * (step % steps))) as u8;
+/// Cuts the codes of a block into planes of 8, 4, 2 or 1 bits. `rows` has four codes in each word. In a plane of
+/// `b` bits, the byte of row `r` and column `4 s + c` is byte `4 r + c` of the 64 bytes numbered `s / (8 / b)`,
+/// from bit `b (s mod (8 / b))` on.
+#[inline(always)]
+fn place_codes(rows: &[[u32; BLOCK / 4]; TILE], bits: usize, to: &mut [u8]) {
+    let (low, high) = to.split_at_mut(64 * planes(bits)[0]);
+    match planes(bits) {
+        [8, _] => plane::<8>(rows, 0, low),
+        [4, 0] => plane::<4>(rows, 0, low),
+        [4, 1] => (plane::<4>(rows, 0, low), plane::<1>(rows, 4, high)).1,
+        [4, _] => (plane::<4>(rows, 0, low), plane::<2>(rows, 4, high)).1,
+        [_, 0] => plane::<2>(rows, 0, low),
+        _ => (plane::<2>(rows, 0, low), plane::<1>(rows, 2, high)).1,
+    }
+}
+
+/// The plane of the bits from `shift` on.
+#[inline(always)]
+fn plane<const B: usize>(rows: &[[u32; BLOCK / 4]; TILE], shift: u32, to: &mut [u8]) {
+    let mask = u32::from_le_bytes([((1u32 << B) - 1) as u8; 4]);
+    for (vector, to) in to.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+        for (row, to) in rows.iter().zip(to.as_chunks_mut::<4>().0) {
+            let steps = &row[vector * (8 / B)..][..8 / B];
+            // Four codes at once: what crosses from byte to byte is masked away.
+            let parts = steps
+                .iter()
+                .enumerate()
+                .map(|(step, four)| (four >> shift & mask) << (B * step));
+            *to = parts.fold(0, |all, part| all | part).to_le_bytes();
         }
-        shift += b;
-        plane = &mut plane[64 * b..];
     }
 }
 
