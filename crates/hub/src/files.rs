@@ -284,7 +284,61 @@ fn read(path: &Path) -> std::io::Result<Bytes> {
     // SAFETY: the mapping is private and read-only. Files of the cache are never changed in place (they are
     // written beside and renamed), and the documentation of `ModelFiles::get` asks the same of other files.
     let map = unsafe { memmap2::MmapOptions::new().map(&file)? };
-    Ok(Bytes::from_owner(map))
+    Ok(mapped::bytes(map))
+}
+
+/// Says that `bytes` will hardly be read again: where they are mapped from a file, the memory that holds them goes
+/// back to the system. They stay readable.
+pub fn release(bytes: &[u8]) {
+    #[cfg(unix)]
+    mapped::release(bytes);
+    #[cfg(not(unix))]
+    let _ = bytes;
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+mod mapped {
+    use std::sync::{Arc, Mutex, Weak};
+
+    use bytes::Bytes;
+    use memmap2::Mmap;
+
+    /// The mappings that are alive, and some that were.
+    static ALL: Mutex<Vec<Weak<Mmap>>> = Mutex::new(Vec::new());
+
+    struct Owner(Arc<Mmap>);
+
+    impl AsRef<[u8]> for Owner {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    pub(super) fn bytes(map: Mmap) -> Bytes {
+        let map = Arc::new(map);
+        if let Ok(mut all) = ALL.lock() {
+            all.retain(|map| map.strong_count() > 0);
+            all.push(Arc::downgrade(&map));
+        }
+        Bytes::from_owner(Owner(map))
+    }
+
+    #[cfg(unix)]
+    pub(super) fn release(bytes: &[u8]) {
+        let Ok(all) = ALL.lock() else { return };
+        let range = bytes.as_ptr_range();
+        for map in all.iter().filter_map(Weak::upgrade) {
+            let whole = map.as_ptr_range();
+            if whole.start <= range.start && range.end <= whole.end {
+                let offset = range.start.addr() - whole.start.addr();
+                // SAFETY: the mapping is private, read-only and of a file: what is dropped is read from the
+                // file again when it is asked for. Where it fails, memory stays in use.
+                let _ = unsafe {
+                    map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes.len())
+                };
+            }
+        }
+    }
 }
 
 #[cfg(all(test, not(target_arch = "wasm32")))]
@@ -305,7 +359,10 @@ mod tests {
             files.names().collect::<Vec<_>>(),
             ["1_Pooling/config.json", "big.bin", "config.json"]
         );
-        assert_eq!(files.get("big.bin").unwrap().unwrap(), vec![7; 100_000]);
+        let big = files.get("big.bin").unwrap().unwrap();
+        release(&big[5000..90_000]);
+        release(&[0; 10]);
+        assert_eq!(big, vec![7; 100_000]);
         assert!(files.get("../config.json").unwrap().is_none());
         let config: serde_json::Value = files.json("config.json").unwrap().unwrap();
         assert_eq!(config["hidden_size"], 64);

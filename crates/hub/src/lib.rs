@@ -15,4 +15,4 @@ pub use error::{Error, Result};
 pub use fetch::read_index_page;
 #[cfg(all(feature = "fetch", not(target_arch = "wasm32")))]
 pub use fetch::{Bars, Event, FetchOptions, Progress, Silent, Source, cache, default_chat_model, resolve};
-pub use files::ModelFiles;
+pub use files::{ModelFiles, release};

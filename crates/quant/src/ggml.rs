@@ -58,7 +58,14 @@ impl PackedMatrix for GgmlMatrix {
 
     fn int8(&self) -> Option<&Int8Matrix> {
         let [rows, cols] = self.shape;
-        let pack = || Int8Matrix::pack(self.ty, rows, cols, &self.data);
+        let pack = || {
+            let packed = Int8Matrix::pack(self.ty, rows, cols, &self.data);
+            if packed.is_some() {
+                // From now on a few rows are looked up at most.
+                oxiformers_hub::release(&self.data);
+            }
+            packed
+        };
         self.int8.get_or_init(pack).as_ref()
     }
 }
