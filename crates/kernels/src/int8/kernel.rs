@@ -1,7 +1,7 @@
 //! A tile of weights times rows of activations.
 
 use super::simd::Simd;
-use super::{Activations, BLOCK, TILE, planes};
+use super::{Activations, BLOCK, TILE, batches, planes};
 use crate::ggml::Format;
 
 /// Writes, for every row of activations, `columns` values to `out`, whose rows are `stride` apart.
@@ -75,31 +75,23 @@ unsafe fn all_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
     stride: usize,
     columns: usize,
 ) {
-    let mut row = 0;
-    // SAFETY: the caller's; rows stay below `x.rows`.
+    // SAFETY: the caller's; the batches are those of `x`.
     unsafe {
-        while S::ROWS > 4 && x.rows - row >= 8 {
-            some_rows::<S, F, B, N, 8>(tile, factors, x, row, out, stride, columns);
-            row += 8;
-        }
-        while S::ROWS > 2 && x.rows - row >= 4 {
-            some_rows::<S, F, B, N, 4>(tile, factors, x, row, out, stride, columns);
-            row += 4;
-        }
-        while x.rows - row >= 2 {
-            some_rows::<S, F, B, N, 2>(tile, factors, x, row, out, stride, columns);
-            row += 2;
-        }
-        if x.rows > row {
-            some_rows::<S, F, B, N, 1>(tile, factors, x, row, out, stride, columns);
+        for (first, rows) in batches(x.rows) {
+            match rows {
+                8 => batch::<S, F, B, N, 8>(tile, factors, x, first, out, stride, columns),
+                4 => batch::<S, F, B, N, 4>(tile, factors, x, first, out, stride, columns),
+                2 => batch::<S, F, B, N, 2>(tile, factors, x, first, out, stride, columns),
+                _ => batch::<S, F, B, N, 1>(tile, factors, x, first, out, stride, columns),
+            }
         }
     }
 }
 
 /// # Safety
-/// See [`Kernel`]; `first + M` rows exist.
+/// See [`Kernel`]; the `M` rows from `first` on are a batch of `x`.
 #[inline(always)]
-unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, const M: usize>(
+unsafe fn batch<S: Simd, F: Format<B, N>, const B: usize, const N: usize, const M: usize>(
     tile: *const u8,
     factors: *const f32,
     x: &Activations,
@@ -114,7 +106,7 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
     let block_bytes = code_bytes + scale_bytes * if F::MIN { 2 } else { 1 };
     // SAFETY: all offsets stay within the tile and the rows `first..first + M`, see the sizes above.
     unsafe {
-        let codes: [*const i8; M] = std::array::from_fn(|m| x.codes.as_ptr().add((first + m) * 2 * x.cols));
+        let codes = x.codes.as_ptr().add(first * 2 * x.cols);
         let scales: [*const f32; M] = std::array::from_fn(|m| x.scales.as_ptr().add((first + m) * blocks));
         let sums: [*const i32; M] = std::array::from_fn(|m| x.sums.as_ptr().add((first + m) * 2 * blocks));
         // Codes become unsigned numbers from which something is taken: tables begin at -128.
@@ -126,47 +118,43 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
         let mut total = [S::zero(); M];
         for block in 0..blocks {
             let at = tile.add(block * block_bytes);
-            for part in 0..BLOCK / F::GROUP {
-                let sum = |m: usize| {
-                    let sums = sums[m].add(2 * block);
-                    if F::GROUP == BLOCK {
-                        *sums + *sums.add(1)
-                    } else {
-                        *sums.add(part)
-                    }
-                };
-                let mut dots: [S::Int; M] =
-                    std::array::from_fn(|m| S::splat(if offset == 0 { 0 } else { -offset * sum(m) }));
-                let mut high = [S::splat(0); M];
-                macro_rules! steps {
-                    ($($step:literal)*) => {$(
-                        if F::GROUP == BLOCK || $step / 4 == part {
-                            let mut w = step::<S, $step>(at, F::BITS);
-                            if F::TABLE.is_some() {
-                                w = S::look_up(table, w);
-                            }
-                            for m in 0..M {
-                                let at = codes[m].add(block * 2 * BLOCK + 4 * $step);
-                                dots[m] = dot::<S>(dots[m], w, at.add(BLOCK), full);
-                                high[m] = dot::<S>(high[m], w, at, full);
-                            }
+            macro_rules! group {
+                ($part:literal: $($step:literal)*) => {{
+                    // No closure may hold vectors: it would not be compiled for this processor.
+                    let (mut high, mut low) = ([S::splat(0); M], [S::splat(0); M]);
+                    if offset != 0 {
+                        for m in 0..M {
+                            low[m] = S::splat(-offset * sum::<F, B, N>(sums[m].add(2 * block), $part));
                         }
-                    )*};
-                }
-                steps!(0 1 2 3 4 5 6 7);
-                let scale = S::load_half(at.add(code_bytes + 2 * TILE * part));
-                for m in 0..M {
-                    let x_scale = *scales[m].add(block);
-                    // The scale of the weights is the same for all rows; that of the activation, for all lanes.
-                    let scaled = S::mul(S::to_float(S::join_sums(high[m], dots[m])), scale);
-                    total[m] = S::scale_add(scaled, x_scale, total[m]);
-                }
-                if F::MIN {
-                    let min = S::load_half(at.add(code_bytes + scale_bytes + 2 * TILE * part));
-                    for m in 0..M {
-                        total[m] = S::scale_add(min, *scales[m].add(block) * sum(m) as f32, total[m]);
                     }
-                }
+                    $(
+                        let mut w = step::<S, $step>(at, F::BITS);
+                        if F::TABLE.is_some() {
+                            w = S::look_up(table, w);
+                        }
+                        let from = codes.add((block * BLOCK + 4 * $step) * 2 * M);
+                        S::dots::<M>(&mut high, &mut low, w, from, full);
+                    )*
+                    let scale = S::load_half(at.add(code_bytes + 2 * TILE * $part));
+                    for m in 0..M {
+                        // The scale of the weights is the same for all rows; that of the activation, for all lanes.
+                        let scaled = S::mul(S::to_float(S::join_sums(high[m], low[m])), scale);
+                        total[m] = S::scale_add(scaled, *scales[m].add(block), total[m]);
+                    }
+                    if F::MIN {
+                        let min = S::load_half(at.add(code_bytes + scale_bytes + 2 * TILE * $part));
+                        for m in 0..M {
+                            let sum = sum::<F, B, N>(sums[m].add(2 * block), $part) as f32;
+                            total[m] = S::scale_add(min, *scales[m].add(block) * sum, total[m]);
+                        }
+                    }
+                }};
+            }
+            if F::GROUP == BLOCK {
+                group!(0: 0 1 2 3 4 5 6 7);
+            } else {
+                group!(0: 0 1 2 3);
+                group!(1: 4 5 6 7);
             }
         }
         let factors = S::load_float(factors);
@@ -184,17 +172,18 @@ unsafe fn some_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize, co
     }
 }
 
+/// The sum of the codes of a group of activations.
+///
 /// # Safety
-/// `four` points to four bytes.
+/// `halves` points to the sums of both halves of a block.
 #[inline(always)]
-unsafe fn dot<S: Simd>(acc: S::Int, w: S::Int, four: *const i8, full: bool) -> S::Int {
+unsafe fn sum<F: Format<B, N>, const B: usize, const N: usize>(halves: *const i32, part: usize) -> i32 {
     // SAFETY: the caller's.
     unsafe {
-        let four = four.cast::<i32>().read_unaligned();
-        if full {
-            S::dot::<true>(acc, w, four)
+        if F::GROUP == BLOCK {
+            *halves + *halves.add(1)
         } else {
-            S::dot::<false>(acc, w, four)
+            *halves.add(part)
         }
     }
 }

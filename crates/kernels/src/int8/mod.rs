@@ -270,7 +270,8 @@ const LARGEST: f32 = 127.0 * 128.0;
 pub struct Activations {
     rows: usize,
     cols: usize,
-    /// High bytes and low bytes of blocks, `128 · high + low`: `[rows, cols / 32, 2, 32]`.
+    /// High and low bytes, `128 · high + low`. [Batch](batches) for batch of `m` rows:
+    /// `[cols / 4, 2, m, 4]`, as the kernels read them.
     codes: Vec<i8>,
     /// `[rows, cols / 32]`.
     scales: Vec<f32>,
@@ -290,40 +291,55 @@ impl Activations {
             scales: vec![0.0; x.len() / BLOCK],
             sums: vec![0; x.len() / (BLOCK / 2)],
         };
-        let blocks = x.len() / BLOCK;
+        let batches: Vec<_> = batches(rows).collect();
         let (codes, scales, sums) = (
             Shared(all.codes.as_mut_ptr()),
             Shared(all.scales.as_mut_ptr()),
             Shared(all.sums.as_mut_ptr()),
         );
         // Below some thousand values, handing over costs more than the work.
-        let (count, size) = pieces(blocks, 512);
+        let (count, size) = pieces(batches.len(), 16 * 1024 / (8 * cols).max(1));
         for_each(count, |piece| {
-            let part = piece * size..blocks.min((piece + 1) * size);
-            let len = part.len();
-            // SAFETY: pieces are disjoint ranges of blocks within the vectors.
-            let (codes, scales, sums) = unsafe {
-                (
-                    std::slice::from_raw_parts_mut(codes.at(part.start * 2 * BLOCK), len * 2 * BLOCK),
-                    std::slice::from_raw_parts_mut(scales.at(part.start), len),
-                    std::slice::from_raw_parts_mut(sums.at(part.start * 2), len * 2),
-                )
-            };
-            let x = &x[part.start * BLOCK..part.end * BLOCK];
-            pulp::Arch::new().dispatch(|| quantize(x, codes, scales, sums));
+            for (first, len) in &batches[piece * size..batches.len().min((piece + 1) * size)] {
+                let (from, len) = (first * cols, len * cols);
+                // SAFETY: batches are disjoint ranges of rows.
+                let (codes, scales, sums) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(codes.at(2 * from), 2 * len),
+                        std::slice::from_raw_parts_mut(scales.at(from / BLOCK), len / BLOCK),
+                        std::slice::from_raw_parts_mut(sums.at(2 * from / BLOCK), 2 * len / BLOCK),
+                    )
+                };
+                let x = &x[from..from + len];
+                pulp::Arch::new().dispatch(|| quantize(x, cols, codes, scales, sums));
+            }
         });
         all
     }
 }
 
+/// The rows that a kernel takes at a time, as pairs of the first and their number: eight, and at the end four,
+/// two and one.
+fn batches(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let size = [8, 4, 2, 1].into_iter().find(|size| first + size <= rows)?;
+        first += size;
+        Some((first - size, size))
+    })
+}
+
+/// Quantizes a batch.
 #[inline(always)]
-fn quantize(x: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+fn quantize(x: &[f32], cols: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+    let rows = x.len() / cols;
     let blocks = x
         .as_chunks::<BLOCK>()
         .0
         .iter()
-        .zip(codes.as_chunks_mut::<{ 2 * BLOCK }>().0);
-    for (((x, codes), scale), sums) in blocks.zip(scales).zip(sums.as_chunks_mut::<2>().0) {
+        .zip(scales)
+        .zip(sums.as_chunks_mut::<2>().0);
+    for (index, ((x, scale), sums)) in blocks.enumerate() {
         // As integers the bits of absolute values are ordered as the values are, infinity and NaN last.
         let largest = x.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).fold(0, u32::max);
         let largest = f32::from_bits(largest);
@@ -335,17 +351,21 @@ fn quantize(x: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
         let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
         // Adding this rounds to whole numbers, which then stand in the low bits.
         const ROUND: f32 = 12_582_912.0;
-        let mut whole = [0i32; BLOCK];
-        for (whole, x) in whole.iter_mut().zip(x) {
-            *whole = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-        }
-        let (high, low) = codes.split_at_mut(BLOCK);
-        for ((high, low), whole) in high.iter_mut().zip(low).zip(&whole) {
-            let top = (whole + 64) >> 7;
-            (*high, *low) = (top as i8, (whole - (top << 7)) as i8);
+        let whole = x.map(|x| (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32);
+        let top = whole.map(|whole| (whole + 64) >> 7);
+        let high = top.map(|top| top as i8);
+        let mut low = [0i8; BLOCK];
+        for ((low, whole), top) in low.iter_mut().zip(&whole).zip(&top) {
+            *low = (whole - (top << 7)) as i8;
         }
         for (sum, whole) in sums.iter_mut().zip(whole.as_chunks::<16>().0) {
             *sum = whole.iter().sum();
+        }
+        let (row, block) = (index / (cols / BLOCK), index % (cols / BLOCK));
+        let from = high.as_chunks::<4>().0.iter().zip(low.as_chunks::<4>().0);
+        let to = codes[2 * rows * BLOCK * block..].as_chunks_mut::<4>().0;
+        for ((high, low), to) in from.zip(to.chunks_exact_mut(2 * rows)) {
+            (to[row], to[rows + row]) = (*high, *low);
         }
     }
 }
@@ -496,8 +516,10 @@ mod tests {
                         .collect();
                     let activations = Activations::quantize(&x, cols);
                     let code = |r: usize, k: usize| {
-                        let at = 2 * BLOCK * (r * cols / BLOCK + k / BLOCK) + k % BLOCK;
-                        128.0 * f64::from(activations.codes[at]) + f64::from(activations.codes[at + BLOCK])
+                        let (first, size) = batches(batch).find(|(first, size)| r < first + size).unwrap();
+                        let at = 2 * first * cols + (k / 4 * 2 * size + r - first) * 4 + k % 4;
+                        let (high, low) = (activations.codes[at], activations.codes[at + 4 * size]);
+                        128.0 * f64::from(high) + f64::from(low)
                     };
                     for (index, x) in x.iter().enumerate() {
                         let scale = f64::from(activations.scales[index / BLOCK]);
@@ -553,5 +575,41 @@ mod tests {
             assert!(value / factor([value].iter()) < 65504.0);
         }
         assert_eq!(factor([0.0].iter()), 1.0);
+    }
+}
+#[cfg(test)]
+mod timing {
+    use super::*;
+    #[test]
+    #[ignore]
+    fn timing() {
+        for ty in [GgmlType::Q4_1, GgmlType::Q8_0, GgmlType::Q6_K, GgmlType::Q4_K] {
+            let (rows, cols) = (1536, 1536);
+            let bytes = vec![1u8; rows * cols / ty.block_size() * ty.type_size()];
+            let m = Int8Matrix::pack(ty, rows, cols, &bytes).unwrap();
+            for batch in [1, 4, 16, 128, 512] {
+                let x = vec![0.5f32; batch * cols];
+                let a = Activations::quantize(&x, cols);
+                let mut outs = [vec![0.0; batch * rows]];
+                let mut best = f64::MAX;
+                let mut bestq = f64::MAX;
+                for _ in 0..(4000 / batch).max(10) {
+                    let t = std::time::Instant::now();
+                    matmul(&a, &[&m], &mut outs);
+                    best = best.min(t.elapsed().as_secs_f64());
+                    let t = std::time::Instant::now();
+                    let _ = Activations::quantize(&x, cols);
+                    bestq = bestq.min(t.elapsed().as_secs_f64());
+                }
+                println!(
+                    "{} batch {batch}: {:.1} us, {:.1} GB/s, {:.0} GOP/s, quantize {:.1} us",
+                    ty.name(),
+                    best * 1e6,
+                    m.num_bytes() as f64 / best / 1e9,
+                    2.0 * (batch * rows * cols) as f64 / best / 1e9,
+                    bestq * 1e6
+                );
+            }
+        }
     }
 }

@@ -14,8 +14,6 @@ pub(super) trait Simd: Copy {
     type Int: Copy;
     /// 16 `f32`.
     type Float: Copy;
-    /// Rows of activations that one pass over a tile multiplies with.
-    const ROWS: usize;
 
     unsafe fn load(from: *const u8) -> Self::Int;
     unsafe fn splat(value: i32) -> Self::Int;
@@ -26,10 +24,16 @@ pub(super) trait Simd: Copy {
     unsafe fn bits<const RIGHT: u32>(v: Self::Int, mask: u8) -> Self::Int;
     /// `low | high << LEFT`, bytewise; nothing is shifted out.
     unsafe fn join<const LEFT: u32>(low: Self::Int, high: Self::Int) -> Self::Int;
-    /// Adds to each lane the dot product of its four unsigned bytes with the four signed ones of `s`. Unsigned
-    /// bytes above 127 are only allowed with `FULL`.
-    unsafe fn dot<const FULL: bool>(acc: Self::Int, u: Self::Int, s: i32) -> Self::Int;
-
+    /// Adds to each lane of `high[m]` the dot product of its four unsigned bytes `w` with four signed ones, those
+    /// numbered `m` of `from`, and to `low[m]` that with those numbered `M + m`. Unsigned bytes above 127 are
+    /// only allowed with `full`.
+    unsafe fn dots<const M: usize>(
+        high: &mut [Self::Int; M],
+        low: &mut [Self::Int; M],
+        w: Self::Int,
+        from: *const i8,
+        full: bool,
+    );
     /// `128 · high + low`, lane by lane.
     unsafe fn join_sums(high: Self::Int, low: Self::Int) -> Self::Int;
 
@@ -59,7 +63,6 @@ mod x86 {
     impl Simd for Avx512 {
         type Int = __m512i;
         type Float = __m512;
-        const ROWS: usize = 8;
 
         #[inline(always)]
         unsafe fn load(from: *const u8) -> __m512i {
@@ -86,8 +89,19 @@ mod x86 {
             unsafe { _mm512_or_si512(low, _mm512_slli_epi16::<LEFT>(high)) }
         }
         #[inline(always)]
-        unsafe fn dot<const FULL: bool>(acc: __m512i, u: __m512i, s: i32) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s)) }
+        unsafe fn dots<const M: usize>(
+            high: &mut [__m512i; M],
+            low: &mut [__m512i; M],
+            w: __m512i,
+            from: *const i8,
+            _full: bool,
+        ) {
+            for m in 0..M {
+                unsafe {
+                    high[m] = dot(high[m], w, from.add(4 * m));
+                    low[m] = dot(low[m], w, from.add(4 * (M + m)));
+                }
+            }
         }
         #[inline(always)]
         unsafe fn join_sums(high: __m512i, low: __m512i) -> __m512i {
@@ -123,6 +137,23 @@ mod x86 {
         }
     }
 
+    /// In assembly, because the compiler would gather the broadcasts of a whole block before it multiplies, and
+    /// has no registers for them.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    unsafe fn dot(mut acc: __m512i, w: __m512i, four: *const i8) -> __m512i {
+        unsafe {
+            std::arch::asm!(
+                "vpdpbusd {acc}, {w}, dword ptr [{four}]{{1to16}}",
+                acc = inout(zmm_reg) acc,
+                w = in(zmm_reg) w,
+                four = in(reg) four,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        acc
+    }
+
     /// AVX2 with FMA and F16C (Haswell, Zen).
     #[derive(Clone, Copy)]
     pub(crate) struct Avx2;
@@ -137,7 +168,6 @@ mod x86 {
     impl Simd for Avx2 {
         type Int = [__m256i; 2];
         type Float = [__m256; 2];
-        const ROWS: usize = 2;
 
         #[inline(always)]
         unsafe fn load(from: *const u8) -> [__m256i; 2] {
@@ -175,27 +205,22 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn dot<const FULL: bool>(acc: [__m256i; 2], u: [__m256i; 2], s: i32) -> [__m256i; 2] {
+        unsafe fn dots<const M: usize>(
+            high: &mut [[__m256i; 2]; M],
+            low: &mut [[__m256i; 2]; M],
+            w: [__m256i; 2],
+            from: *const i8,
+            full: bool,
+        ) {
             unsafe {
-                let s = _mm256_set1_epi32(s);
-                let ones = _mm256_set1_epi16(1);
-                if !FULL {
-                    return both!(|acc, u| {
-                        let pairs = _mm256_maddubs_epi16(u, s);
-                        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones))
-                    });
+                let dot = if full { dot_full } else { dot_half };
+                for half in 0..2 {
+                    for m in 0..M {
+                        let four = |m: usize| from.add(4 * m).cast::<i32>().read_unaligned();
+                        high[m][half] = dot(high[m][half], w[half], four(m));
+                        low[m][half] = dot(low[m][half], w[half], four(M + m));
+                    }
                 }
-                // Two products of eight bits do not fit 16: the top bit goes apart.
-                let low = _mm256_set1_epi8(127);
-                both!(|acc, u| {
-                    let pairs = _mm256_maddubs_epi16(_mm256_and_si256(u, low), s);
-                    let tops = _mm256_maddubs_epi16(
-                        _mm256_and_si256(_mm256_srli_epi16::<7>(u), _mm256_set1_epi8(1)),
-                        s,
-                    );
-                    let acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones));
-                    _mm256_add_epi32(acc, _mm256_madd_epi16(tops, _mm256_set1_epi16(128)))
-                })
             }
         }
         #[inline(always)]
@@ -241,5 +266,25 @@ mod x86 {
                 both!(|a, b| _mm256_fmadd_ps(a, x, b))
             }
         }
+    }
+
+    /// Unsigned bytes up to 127: two products fit 16 bits.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn dot_half(acc: __m256i, u: __m256i, four: i32) -> __m256i {
+        let pairs = _mm256_maddubs_epi16(u, _mm256_set1_epi32(four));
+        _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+
+    /// Any unsigned bytes: their top bits go apart.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn dot_full(acc: __m256i, u: __m256i, four: i32) -> __m256i {
+        let s = _mm256_set1_epi32(four);
+        let pairs = _mm256_maddubs_epi16(_mm256_and_si256(u, _mm256_set1_epi8(127)), s);
+        let top = _mm256_and_si256(_mm256_srli_epi16::<7>(u), _mm256_set1_epi8(1));
+        let tops = _mm256_maddubs_epi16(top, s);
+        let acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        _mm256_add_epi32(acc, _mm256_madd_epi16(tops, _mm256_set1_epi16(128)))
     }
 }
