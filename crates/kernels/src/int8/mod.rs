@@ -351,15 +351,17 @@ fn quantize(x: &[f32], cols: usize, codes: &mut [i8], scales: &mut [f32], sums: 
         let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
         // Adding this rounds to whole numbers, which then stand in the low bits.
         const ROUND: f32 = 12_582_912.0;
-        let whole = x.map(|x| (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32);
-        let top = whole.map(|whole| (whole + 64) >> 7);
-        let high = top.map(|top| top as i8);
-        let mut low = [0i8; BLOCK];
-        for ((low, whole), top) in low.iter_mut().zip(&whole).zip(&top) {
-            *low = (whole - (top << 7)) as i8;
+        // Plain loops: what a closure is given to would not be compiled for this processor.
+        let (mut whole, mut high, mut low) = ([0i32; BLOCK], [0i8; BLOCK], [0i8; BLOCK]);
+        for (whole, x) in whole.iter_mut().zip(x) {
+            *whole = ((x * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+        }
+        for ((high, low), whole) in high.iter_mut().zip(&mut low).zip(&whole) {
+            let top = whole.wrapping_add(64) >> 7;
+            (*high, *low) = (top as i8, whole.wrapping_sub(top << 7) as i8);
         }
         for (sum, whole) in sums.iter_mut().zip(whole.as_chunks::<16>().0) {
-            *sum = whole.iter().sum();
+            *sum = whole.iter().fold(0, |sum, whole| sum.wrapping_add(*whole));
         }
         let (row, block) = (index / (cols / BLOCK), index % (cols / BLOCK));
         let from = high.as_chunks::<4>().0.iter().zip(low.as_chunks::<4>().0);
@@ -575,41 +577,5 @@ mod tests {
             assert!(value / factor([value].iter()) < 65504.0);
         }
         assert_eq!(factor([0.0].iter()), 1.0);
-    }
-}
-#[cfg(test)]
-mod timing {
-    use super::*;
-    #[test]
-    #[ignore]
-    fn timing() {
-        for ty in [GgmlType::Q4_1, GgmlType::Q8_0, GgmlType::Q6_K, GgmlType::Q4_K] {
-            let (rows, cols) = (1536, 1536);
-            let bytes = vec![1u8; rows * cols / ty.block_size() * ty.type_size()];
-            let m = Int8Matrix::pack(ty, rows, cols, &bytes).unwrap();
-            for batch in [1, 4, 16, 128, 512] {
-                let x = vec![0.5f32; batch * cols];
-                let a = Activations::quantize(&x, cols);
-                let mut outs = [vec![0.0; batch * rows]];
-                let mut best = f64::MAX;
-                let mut bestq = f64::MAX;
-                for _ in 0..(4000 / batch).max(10) {
-                    let t = std::time::Instant::now();
-                    matmul(&a, &[&m], &mut outs);
-                    best = best.min(t.elapsed().as_secs_f64());
-                    let t = std::time::Instant::now();
-                    let _ = Activations::quantize(&x, cols);
-                    bestq = bestq.min(t.elapsed().as_secs_f64());
-                }
-                println!(
-                    "{} batch {batch}: {:.1} us, {:.1} GB/s, {:.0} GOP/s, quantize {:.1} us",
-                    ty.name(),
-                    best * 1e6,
-                    m.num_bytes() as f64 / best / 1e9,
-                    2.0 * (batch * rows * cols) as f64 / best / 1e9,
-                    bestq * 1e6
-                );
-            }
-        }
     }
 }
