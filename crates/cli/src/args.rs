@@ -20,6 +20,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Measure how well a model predicts a text.
     Perplexity(PerplexityArgs),
+    /// Measure how fast a model runs here.
+    Bench(BenchArgs),
     /// Say what a model is made of, without loading it.
     Inspect(InspectArgs),
     /// Fetch a model into the cache.
@@ -166,6 +168,50 @@ pub struct PerplexityArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[arg(help = MODEL_HELP)]
+    pub model: String,
+    /// Lengths of prompts to time.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "128,512", value_parser = positive)]
+    pub prompt_tokens: Vec<usize>,
+    /// Tokens before the ones whose decoding is timed.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "32", value_parser = positive)]
+    pub context: Vec<usize>,
+    /// Numbers of sequences to decode at a time.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,4,16", value_parser = positive)]
+    pub batch: Vec<usize>,
+    /// Tokens to decode, the first of which counts as the prompt's.
+    #[arg(long, value_name = "N", default_value = "64", value_parser = two_or_more)]
+    pub new_tokens: usize,
+    /// Runs whose median counts, after one that does not.
+    #[arg(long, value_name = "N", default_value = "5", value_parser = positive)]
+    pub rounds: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+fn two_or_more(text: &str) -> Result<usize, String> {
+    positive(text).and_then(|n| {
+        if n < 2 {
+            Err("it must be above 1".into())
+        } else {
+            Ok(n)
+        }
+    })
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be above 0".to_string()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
 }
 
 #[derive(Debug, Args)]

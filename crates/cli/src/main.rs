@@ -1,6 +1,7 @@
 //! The oxiformers command.
 
 mod args;
+mod bench;
 mod chat;
 mod env;
 mod generate;
@@ -51,6 +52,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Download(args) => hub::download(&args),
         Command::Cache(command) => hub::cache(&command),

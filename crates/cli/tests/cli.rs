@@ -186,6 +186,48 @@ fn generate_prints_one_object() {
 }
 
 #[test]
+fn bench_measures_what_it_is_asked_for() {
+    let tiny = tiny_model();
+    let mut command = oxiformers();
+    command.arg("bench").arg(tiny.path()).args([
+        "--prompt-tokens",
+        "4,8",
+        "--context",
+        "3",
+        "--batch",
+        "1,2",
+        "--new-tokens",
+        "4",
+        "--rounds",
+        "1",
+        "--json",
+    ]);
+    let report = json(&mut command);
+    let runs: Vec<_> = report["runs"].as_array().unwrap().iter().collect();
+    let names: Vec<_> = runs
+        .iter()
+        .map(|run| (&run["what"], &run["tokens"], &run["batch"]))
+        .collect();
+    assert_eq!(
+        serde_json::to_value(names).unwrap(),
+        serde_json::json!([
+            ["prefill", 4, 1],
+            ["prefill", 8, 1],
+            ["decode", 3, 1],
+            ["decode", 3, 2]
+        ])
+    );
+    assert!(runs.iter().all(|run| run["tokens_per_s"].as_f64().unwrap() > 0.0));
+    oxiformers()
+        .arg("bench")
+        .arg(tiny.path())
+        .args(["--prompt-tokens", "100000"])
+        .assert()
+        .failure()
+        .stderr(contains("--prompt-tokens 100000"));
+}
+
+#[test]
 fn perplexity_of_a_text() {
     let tiny = tiny_model();
     let path = tiny.path().to_str().unwrap();

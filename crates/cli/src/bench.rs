@@ -1,0 +1,144 @@
+//! `oxiformers bench`: how fast a model runs here.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use anyhow::bail;
+use indicatif::BinaryBytes;
+use oxiformers::{CausalLM, GenerationConfig, LanguageModel, Step, block_on};
+use serde_json::{Value, json};
+
+use crate::args::BenchArgs;
+use crate::session;
+
+pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let model = session::load(Some(&args.model), &args.run)?;
+    let load_s = begin.elapsed().as_secs_f64();
+    let most = model.max_positions().unwrap_or(usize::MAX);
+
+    let mut rows = Vec::new();
+    for prompt in &args.prompt_tokens {
+        let prompt = *prompt;
+        if prompt + 1 > most {
+            bail!("--prompt-tokens {prompt}: the model was made for {most}");
+        }
+        let runs = repeat(args.rounds, || time(&model, prompt, 1, 1))?;
+        rows.push(row(
+            "prefill",
+            prompt,
+            1,
+            runs.iter().map(|run| prompt as f64 / run.prompt_s),
+        ));
+    }
+    for context in &args.context {
+        for batch in &args.batch {
+            let (context, batch, new) = (*context, *batch, args.new_tokens);
+            if context + new > most {
+                bail!(
+                    "--context {context}: with {new} new tokens that is more than the {most} that the model was made for"
+                );
+            }
+            let runs = repeat(args.rounds, || time(&model, context, batch, new))?;
+            let rate = runs.iter().map(|run| ((new - 1) * batch) as f64 / run.decode_s);
+            rows.push(row("decode", context, batch, rate));
+        }
+    }
+    let peak = peak_memory();
+    let mut out = io::stdout().lock();
+    if args.json {
+        let report = json!({
+            "model": model.name, "load_s": load_s, "peak_memory": peak,
+            "threads": args.run.threads, "new_tokens": args.new_tokens, "runs": rows,
+        });
+        return Ok(writeln!(out, "{report:#}")?);
+    }
+    writeln!(out, "{}\nload  {load_s:.3} s", model.name)?;
+    writeln!(
+        out,
+        "{:<8} {:>8} {:>6} {:>10} {:>10} {:>10}",
+        "", "tokens", "batch", "tokens/s", "least", "most"
+    )?;
+    for row in rows {
+        let number = |name: &str| row[name].as_f64().unwrap_or_default();
+        writeln!(
+            out,
+            "{:<8} {:>8} {:>6} {:>10.1} {:>10.1} {:>10.1}",
+            row["what"].as_str().unwrap_or_default(),
+            number("tokens"),
+            number("batch"),
+            number("tokens_per_s"),
+            number("least"),
+            number("most"),
+        )?;
+    }
+    if let Some(peak) = peak {
+        writeln!(out, "peak memory {}", BinaryBytes(peak))?;
+    }
+    Ok(())
+}
+
+struct Run {
+    prompt_s: f64,
+    decode_s: f64,
+}
+
+/// One run that counts is after one that does not.
+fn repeat(rounds: usize, run: impl Fn() -> anyhow::Result<Run>) -> anyhow::Result<Vec<Run>> {
+    run()?;
+    (0..rounds).map(|_| run()).collect()
+}
+
+/// Median, least and most of the rates.
+fn row(what: &str, tokens: usize, batch: usize, rates: impl Iterator<Item = f64>) -> Value {
+    let mut rates: Vec<f64> = rates.collect();
+    rates.sort_by(f64::total_cmp);
+    json!({
+        "what": what, "tokens": tokens, "batch": batch,
+        "tokens_per_s": rates.get(rates.len() / 2), "least": rates.first(), "most": rates.last(),
+    })
+}
+
+/// Continues `batch` prompts of `prompt` tokens by `new` tokens each.
+fn time(model: &LanguageModel, prompt: usize, batch: usize, new: usize) -> anyhow::Result<Run> {
+    let config = GenerationConfig {
+        max_new_tokens: Some(new),
+        // As many tokens as asked for.
+        eos_token_id: Vec::new(),
+        ..GenerationConfig::default()
+    };
+    // Any tokens will do, and different ones in each prompt.
+    let vocab = model.model.vocab_size();
+    let prompts: Vec<Vec<u32>> = (0..batch)
+        .map(|row| {
+            (0..prompt)
+                .map(|i| ((i * 7919 + row * 104_729 + 11) % vocab) as u32)
+                .collect()
+        })
+        .collect();
+    let mut generation = oxiformers::Generator::new(&model.model, config).start(&prompts, None)?;
+    let begin = Instant::now();
+    let mut prompt_s = None;
+    loop {
+        match block_on(generation.step())? {
+            Step::Prompt { .. } => {}
+            Step::Tokens(_) => {
+                prompt_s.get_or_insert_with(|| begin.elapsed().as_secs_f64());
+            }
+            Step::Done => break,
+        }
+    }
+    let total_s = begin.elapsed().as_secs_f64();
+    let prompt_s = prompt_s.unwrap_or(total_s);
+    Ok(Run {
+        prompt_s,
+        decode_s: total_s - prompt_s,
+    })
+}
+
+/// The most memory that this process has held, in bytes, where the system tells.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
+}
