@@ -4,16 +4,41 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind};
 use burn::tensor::{DType, Shape, Tensor, TensorData};
 
-/// The CPU's form of an f32 tensor that no gradient is tracked for, or the tensor back: on other devices, under
+use crate::flash::View;
+use crate::threads::{for_each_chunk, pieces};
+
+/// Whether a kernel may read the values: f32 on the CPU, and no gradient is tracked. On other devices, under
 /// autodiff and while a graph is captured, operators are made of tensor operations.
-pub(crate) fn unwrap<const D: usize>(x: Tensor<D>) -> Result<FlexTensor, Tensor<D>> {
-    match x.into_dispatch() {
-        DispatchTensor {
-            kind: DispatchTensorKind::Flex(BackendTensor::Float(x)),
-            ..
-        } if x.dtype() == DType::F32 => Ok(x),
-        other => Err(Tensor::from_dispatch(other)),
+pub(crate) fn is_plain(x: &DispatchTensor) -> bool {
+    x.autodiff == DispatchAutodiffContext::Disabled
+        && matches!(&x.kind, DispatchTensorKind::Flex(BackendTensor::Float(x)) if x.dtype() == DType::F32)
+}
+
+/// The tensors behind `tensors`, or these back if one of them is not [plain](is_plain).
+pub(crate) fn plain<const N: usize>(
+    tensors: [DispatchTensor; N],
+) -> Result<[FlexTensor; N], [DispatchTensor; N]> {
+    if tensors.iter().all(is_plain) {
+        Ok(tensors.map(inner))
+    } else {
+        Err(tensors)
     }
+}
+
+/// The tensor behind a [plain](is_plain) one.
+pub(crate) fn inner(x: DispatchTensor) -> FlexTensor {
+    match x.kind {
+        DispatchTensorKind::Flex(x) => x.float(),
+        #[allow(unreachable_patterns)]
+        _ => unreachable!("asked for the values of a tensor that is elsewhere"),
+    }
+}
+
+/// The CPU's form of a [plain](is_plain) tensor, or the tensor back.
+pub(crate) fn unwrap<const D: usize>(x: Tensor<D>) -> Result<FlexTensor, Tensor<D>> {
+    plain([x.into_dispatch()])
+        .map(|[x]| x)
+        .map_err(|[x]| Tensor::from_dispatch(x))
 }
 
 /// A tensor of the CPU.
@@ -27,4 +52,63 @@ pub(crate) fn wrap<const D: usize>(x: FlexTensor) -> Tensor<D> {
 /// A tensor of new values.
 pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
     wrap(FlexTensor::from_data(TensorData::new(values, Shape::from(shape))))
+}
+
+/// The same values one after the other.
+pub(crate) fn contiguous(x: FlexTensor) -> FlexTensor {
+    if x.is_contiguous() { x } else { x.to_contiguous() }
+}
+
+/// The values of a [contiguous] tensor.
+pub(crate) fn values(x: &FlexTensor) -> &[f32] {
+    let start = x.layout().start_offset();
+    &x.storage::<f32>()[start..start + x.layout().num_elements()]
+}
+
+/// Work on fewer values is not handed to another thread.
+const SMALL: usize = 1 << 15;
+
+/// Changes the values of `x` in chunks that are multiples of `row` long: in place where nobody else holds them.
+/// `change` gets where a chunk begins.
+pub(crate) fn change(x: FlexTensor, row: usize, change: impl Fn(usize, &mut [f32]) + Sync) -> FlexTensor {
+    let mut x = contiguous(x);
+    let (start, len) = (x.layout().start_offset(), x.layout().num_elements());
+    let run = |values: &mut [f32]| {
+        if len < SMALL {
+            return change(0, values);
+        }
+        let (_, rows) = pieces(len / row.max(1), (SMALL / 8).div_ceil(row.max(1)));
+        for_each_chunk(values, rows * row, |index, chunk| {
+            change(index * rows * row, chunk)
+        });
+    };
+    if let Some(values) = x.try_storage_mut::<f32>() {
+        run(&mut values[start..start + len]);
+        return x;
+    }
+    let mut changed = values(&x).to_vec();
+    run(&mut changed);
+    FlexTensor::from_data(TensorData::new(changed, x.layout().shape().clone()))
+}
+
+/// `x` with a dense last dimension and no negative strides.
+pub(crate) fn dense_rows(x: FlexTensor) -> FlexTensor {
+    let layout = x.layout();
+    let dense = layout.strides().last() == Some(&1) || layout.shape().last() == Some(&1);
+    if dense && layout.strides().iter().all(|stride| *stride >= 0) {
+        x
+    } else {
+        x.to_contiguous()
+    }
+}
+
+/// Where the rows of a tensor of four dimensions with [dense rows](dense_rows) lie.
+pub(crate) fn view(x: &FlexTensor) -> View<'_> {
+    let layout = x.layout();
+    let (shape, strides) = (layout.shape(), layout.strides());
+    View {
+        values: x.storage::<f32>().get(layout.start_offset()..).unwrap_or(&[]),
+        dims: std::array::from_fn(|i| shape[i]),
+        strides: std::array::from_fn(|i| strides[i] as usize),
+    }
 }

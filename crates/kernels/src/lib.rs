@@ -3,10 +3,22 @@
 //! Upper rooms call these functions on [`burn::tensor::Tensor`]s and never look at the device: an
 //! operator chooses its version itself.
 
+pub mod activation;
+pub mod attention;
+mod flash;
 mod flex;
 pub mod ggml;
 pub mod int8;
+mod math;
+pub mod norm;
 pub mod packed;
+pub mod rotary;
+#[cfg(test)]
+mod testing;
 pub mod threads;
 
+pub use activation::Activation;
+pub use attention::{AttentionOptions, Mask, Visible, attention};
+pub use norm::{layer_norm, rms_norm};
 pub use packed::{PackedMatrix, packed_linear, packed_linears, packed_rows};
+pub use rotary::rotary;

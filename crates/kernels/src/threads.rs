@@ -28,6 +28,25 @@ pub fn pieces(len: usize, min: usize) -> (usize, usize) {
     (len.div_ceil(size), size)
 }
 
+/// Calls `task` with the chunks of `values` that are `size` long (the last may be shorter) and their indices.
+pub fn for_each_chunk(values: &mut [f32], size: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
+    struct Start(*mut f32);
+    // SAFETY: see below.
+    unsafe impl Sync for Start {}
+    impl Start {
+        fn at(&self, index: usize) -> *mut f32 {
+            self.0.wrapping_add(index)
+        }
+    }
+    let (len, start) = (values.len(), Start(values.as_mut_ptr()));
+    for_each(len.div_ceil(size.max(1)), |index| {
+        let range = index * size..((index + 1) * size).min(len);
+        // SAFETY: the range lies within the values, and no other task has any of it.
+        let chunk = unsafe { std::slice::from_raw_parts_mut(start.at(range.start), range.len()) };
+        task(index, chunk);
+    });
+}
+
 #[cfg(not(target_arch = "wasm32"))]
 mod native {
     use std::cell::Cell;
@@ -285,6 +304,18 @@ mod tests {
             assert!(result.is_err());
         }
         counts(64);
+    }
+
+    #[test]
+    fn chunks_cover_everything() {
+        for (len, size) in [(0, 4), (1, 4), (12, 4), (1001, 7)] {
+            let mut values = vec![0.0; len];
+            for_each_chunk(&mut values, size, |index, chunk| {
+                chunk.iter_mut().for_each(|value| *value += 1.0 + index as f32);
+            });
+            let expected = (0..len).map(|i| 1.0 + (i / size) as f32);
+            assert_eq!(values, expected.collect::<Vec<_>>());
+        }
     }
 
     #[test]

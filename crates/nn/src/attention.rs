@@ -1,11 +1,9 @@
 //! Multi-head attention with all that decoders vary in it.
 
 use burn::module::{Module, Param};
-use burn::tensor::module::attention;
-use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, Tensor};
+use burn::tensor::Tensor;
+use oxiformers_kernels::{AttentionOptions, attention};
 
-use crate::context::Mask;
 use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
 
 /// More heads, or wider ones, than any model has.
@@ -243,7 +241,6 @@ impl Attention {
 
     /// `[batch, seq, hidden_size]` to the same shape.
     pub fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
-        let [batch, seq, _] = x.dims();
         let c = &self.config;
         let (q, k, v) = self.project(x);
         let (mut q, mut k) = match &self.qk_norm {
@@ -256,24 +253,14 @@ impl Attention {
             (q, k) = (rope.rotate(q, &tables), rope.rotate(k, &tables));
         }
         let mask = cx.mask(c.window);
-        let bias = self.alibi.as_ref().map(|slopes| cx.alibi(slopes));
         let (k, v) = cx.update(k, v);
-        let out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            bias,
-            self.sinks.as_ref().map(Param::val),
-            AttentionModuleOptions {
-                scale: c.scale,
-                softcap: c.softcap,
-                is_causal: false,
-            },
-        );
-        let head_dim = out.dims()[3];
+        let sinks = self.sinks.as_ref().map(Param::val);
+        let options = AttentionOptions {
+            scale: c.scale,
+            softcap: c.softcap,
+        };
         self.o_proj
-            .forward(out.swap_dims(1, 2).reshape([batch, seq, c.num_heads * head_dim]))
+            .forward(attention([q, k, v], &mask, self.alibi.clone(), sinks, options))
     }
 
     /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`.
@@ -317,82 +304,6 @@ impl Attention {
         let cut = |x: Tensor<3>, heads: usize| x.reshape([batch, seq, heads, dim]).swap_dims(1, 2);
         (cut(q, heads), cut(k, kv_heads), cut(v, kv_heads))
     }
-}
-
-/// `softmax(q · kᵀ · scale + bias) · v` with grouped heads, under a mask.
-///
-/// `q` is `[batch, heads, seq, head_dim]`, `k` and `v` are `[batch, kv_heads, keys, head_dim]`, `bias`
-/// broadcasts to `[batch, heads, seq, keys]`, `sinks` is `[heads]`.
-pub(crate) fn scaled_dot_product_attention(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
-    mask: Mask,
-    bias: Option<Tensor<4>>,
-    sinks: Option<Tensor<1>>,
-    options: AttentionModuleOptions,
-) -> Tensor<4> {
-    let [_, heads, seq, head_dim] = q.dims();
-    let keys = k.dims()[2];
-    let Some(sinks) = sinks else {
-        let (mask, is_causal) = match mask {
-            Mask::Nothing => (None, false),
-            Mask::Causal => (None, true),
-            Mask::Explicit(mask) => (Some(mask), false),
-        };
-        return attention(
-            q,
-            k,
-            v,
-            mask,
-            bias,
-            AttentionModuleOptions { is_causal, ..options },
-        );
-    };
-    // The sink is one more key whose score is given and whose value is zero.
-    let device = q.device();
-    let one_more = |x: Tensor<4>| {
-        let [batch, kv_heads, _, dim] = x.dims();
-        let zero = Tensor::zeros([batch, kv_heads, 1, dim], (&device, x.dtype()));
-        Tensor::cat(vec![x, zero], 2)
-    };
-    let scale = options.scale.unwrap_or((head_dim as f64).powf(-0.5));
-    let bias = bias.unwrap_or_else(|| Tensor::zeros([1, heads, 1, keys], (&device, q.dtype())));
-    let bias_rows = bias.dims()[2];
-    let sinks = sinks.reshape([1, heads, 1, 1]).repeat_dim(2, bias_rows);
-    let bias = Tensor::cat(vec![bias, sinks], 3).expand([1, heads, seq, keys + 1]);
-    let mask = match mask {
-        Mask::Nothing => None,
-        Mask::Causal => Some(causal(seq, keys, &device)),
-        Mask::Explicit(mask) => Some(mask),
-    };
-    let mask = mask.map(|mask| {
-        let [rows, _, seq, _] = mask.dims();
-        Tensor::cat(
-            vec![mask, Tensor::<4, Bool>::full([rows, 1, seq, 1], false, &device)],
-            3,
-        )
-    });
-    attention(
-        q,
-        one_more(k),
-        one_more(v),
-        mask,
-        Some(bias),
-        AttentionModuleOptions {
-            scale: Some(scale),
-            ..options
-        },
-    )
-}
-
-/// True above the diagonal that ends in the last key: `[1, 1, seq, keys]`.
-fn causal(seq: usize, keys: usize, device: &burn::tensor::Device) -> Tensor<4, Bool> {
-    let query = Tensor::arange((keys - seq) as i64..keys as i64, device).reshape([seq, 1]);
-    let key = Tensor::arange(0..keys as i64, device).reshape([1, keys]);
-    key.expand([seq, keys])
-        .greater(query.expand([seq, keys]))
-        .reshape([1, 1, seq, keys])
 }
 
 /// ALiBi slopes `2^(-8 i / heads)`, with the interpolation that BLOOM and MPT use where the number of heads

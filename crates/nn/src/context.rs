@@ -1,8 +1,10 @@
 //! What one forward pass knows besides the hidden states.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use oxiformers_kernels::{Mask, Visible};
 
 use crate::cache::Cache;
 use crate::rope::Rope;
@@ -13,18 +15,8 @@ pub struct Context<'a> {
     device: Device,
     seq: usize,
     layer: usize,
-    masks: HashMap<(Option<usize>, usize), Option<Tensor<4, Bool>>>,
+    masks: HashMap<(Option<usize>, usize), Rc<Mask>>,
     ropes: HashMap<usize, (Tensor<4>, Tensor<4>)>,
-}
-
-/// Which keys a query may see.
-pub(crate) enum Mask {
-    /// Every key.
-    Nothing,
-    /// The keys up to the query's own.
-    Causal,
-    /// True where a key is hidden: `[batch or 1, 1, queries, keys]`.
-    Explicit(Tensor<4, Bool>),
 }
 
 impl<'a> Context<'a> {
@@ -115,63 +107,17 @@ impl<'a> Context<'a> {
     }
 
     /// The mask of the running layer. Ask before [`update`](Self::update).
-    pub(crate) fn mask(&mut self, window: Option<usize>) -> Mask {
-        let (past, seq) = (self.past(), self.seq);
-        let start = self.cache.start_after(self.layer, seq);
-        let keys = past + seq - start;
-        let padded = self.cache.padding().iter().any(|pad| *pad > start);
-        let windowed = window.is_some_and(|window| keys > window);
-        if !padded && !windowed {
-            return if seq == 1 { Mask::Nothing } else { Mask::Causal };
-        }
-        let key = (window, start);
-        if !self.masks.contains_key(&key) {
-            let mask = self.explicit(window, start, keys);
-            self.masks.insert(key, mask);
-        }
-        match self.masks.get(&key).cloned().flatten() {
-            Some(mask) => Mask::Explicit(mask),
-            None => Mask::Nothing,
-        }
-    }
-
-    /// `None` where nothing is hidden.
-    fn explicit(&self, window: Option<usize>, start: usize, keys: usize) -> Option<Tensor<4, Bool>> {
-        let padding = self.cache.padding();
-        let rows = if padding.iter().all(|pad| *pad <= start) {
-            &padding[..1]
-        } else {
-            padding
-        };
-        let mut hidden = Vec::with_capacity(rows.len() * self.seq * keys);
-        for pad in rows {
-            for query in self.past()..self.past() + self.seq {
-                let reach = window.map_or(0, |window| (query + 1).saturating_sub(window));
-                hidden.extend((start..start + keys).map(|key| {
-                    // A padding token sees itself, so that no row of scores is empty.
-                    key > query || (key != query && (key < *pad || key < reach))
-                }));
-            }
-        }
-        if !hidden.contains(&true) {
-            return None;
-        }
-        let shape = [rows.len(), 1, self.seq, keys];
-        Some(Tensor::from_data(TensorData::new(hidden, shape), &self.device))
-    }
-
-    /// ALiBi (Press et al., 2022) for the running layer: `slope · key position`, `[1, heads, 1, keys]`. It
-    /// differs from `slope · (key − query)` by a constant per query, which softmax does not see. Ask before
-    /// [`update`](Self::update).
-    pub fn alibi(&self, slopes: &Tensor<1>) -> Tensor<4> {
-        let start = self.cache.start_after(self.layer, self.seq);
-        let last = self.past() + self.seq - 1;
-        // Counted back from the newest key, which keeps the values small where it matters.
-        let distance: Vec<f32> = (start..=last).map(|key| -((last - key) as f32)).collect();
-        let keys = distance.len();
-        let distance = Tensor::<1>::from_data(TensorData::new(distance, [keys]), &self.device);
-        let heads = slopes.dims()[0];
-        slopes.clone().reshape([1, heads, 1, 1]) * distance.reshape([1, 1, 1, keys])
+    pub(crate) fn mask(&mut self, window: Option<usize>) -> Rc<Mask> {
+        let first_key = self.cache.start_after(self.layer, self.seq);
+        let mask = self.masks.entry((window, first_key)).or_insert_with(|| {
+            Rc::new(Mask::new(Visible {
+                first_key,
+                first_query: self.cache.len(),
+                window,
+                padding: self.cache.padding().to_vec(),
+            }))
+        });
+        mask.clone()
     }
 }
 
@@ -179,47 +125,6 @@ impl<'a> Context<'a> {
 mod tests {
     use super::*;
     use crate::CacheKind;
-
-    /// The keys that each query sees, as `[row][query]` texts of 1 and 0.
-    fn seen(padding: Vec<usize>, window: Option<usize>, past: usize, seq: usize) -> Vec<String> {
-        let mut cache = Cache::new(CacheKind::Full, &[window], padding);
-        let filler = Tensor::<4>::zeros([1, 1, past, 1], &Device::flex());
-        if past > 0 {
-            cache.layer(0).update(filler.clone(), filler);
-            cache.advance(past);
-        }
-        match Context::new(&mut cache, seq, Device::flex()).mask(window) {
-            Mask::Nothing => vec!["all".to_string()],
-            Mask::Causal => vec!["causal".to_string()],
-            Mask::Explicit(hidden) => {
-                let keys = hidden.dims()[3];
-                let hidden: Vec<bool> = hidden.into_data().iter::<bool>().collect();
-                hidden
-                    .chunks(keys)
-                    .map(|row| row.iter().map(|hidden| if *hidden { '0' } else { '1' }).collect())
-                    .collect()
-            }
-        }
-    }
-
-    #[test]
-    fn masks() {
-        assert_eq!(seen(vec![0], None, 0, 3), ["causal"]);
-        assert_eq!(seen(vec![0], None, 3, 1), ["all"]);
-        assert_eq!(seen(vec![0], Some(9), 0, 3), ["causal"]);
-        assert_eq!(seen(vec![0], Some(2), 0, 4), ["1000", "1100", "0110", "0011"]);
-        assert_eq!(seen(vec![0], Some(2), 3, 1), ["0011"]);
-        // A padding token sees itself, so that its row is not empty; nobody sees it.
-        assert_eq!(
-            seen(vec![2, 0], None, 0, 3),
-            ["100", "010", "001", "100", "110", "111"]
-        );
-        assert_eq!(seen(vec![2, 0], None, 2, 1), ["001", "111"]);
-        assert_eq!(
-            seen(vec![1, 0], Some(2), 0, 3),
-            ["100", "010", "011", "100", "110", "011"]
-        );
-    }
 
     #[test]
     fn positions_begin_after_the_padding() {

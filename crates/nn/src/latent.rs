@@ -3,9 +3,9 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use burn::tensor::ops::AttentionModuleOptions;
+use oxiformers_kernels::{AttentionOptions, attention};
 
-use crate::attention::{MAX_HEAD_DIM, MAX_HEADS, scaled_dot_product_attention};
+use crate::attention::{MAX_HEAD_DIM, MAX_HEADS};
 use crate::{Context, Error, Linear, Result, RmsNorm, Rope, Weights};
 
 /// Numbers and switches of a latent attention layer.
@@ -119,12 +119,11 @@ impl LatentAttention {
         let k_rotated = k_rotated.expand([batch, heads, keys, rotated]);
         let k = Tensor::cat(vec![kv.clone().narrow(3, 0, nope), k_rotated], 3);
         let v = kv.narrow(3, nope, c.v_head_dim);
-        let options = AttentionModuleOptions {
+        let options = AttentionOptions {
             scale: Some(c.scale),
             softcap: None,
-            is_causal: false,
         };
-        let out = scaled_dot_product_attention(q, k, v, mask, None, None, options);
-        (self.o_proj).forward(out.swap_dims(1, 2).reshape([batch, seq, heads * c.v_head_dim]))
+        self.o_proj
+            .forward(attention([q, k, v], &mask, None, None, options))
     }
 }

@@ -4,7 +4,6 @@
 //! [`burn::tensor::Tensor`]s of whatever device the weights were loaded to. Attention layers share one
 //! [`Context`] per forward pass: positions, masks, rotary tables and the [`Cache`].
 
-pub mod activation;
 pub mod attention;
 pub mod cache;
 pub mod context;
@@ -19,7 +18,6 @@ pub mod norm;
 pub mod rope;
 pub mod weights;
 
-pub use activation::Activation;
 pub use attention::{Attention, AttentionConfig, Projection, QkNorm};
 pub use cache::{Cache, CacheKind};
 pub use context::Context;
@@ -29,5 +27,6 @@ pub use error::{Error, Result};
 pub use linear::Linear;
 pub use mlp::{GatedMlp, Mlp};
 pub use norm::{LayerNorm, Norm, RmsNorm};
+pub use oxiformers_kernels::Activation;
 pub use rope::{Rope, RopeParameters, RopeSettings};
 pub use weights::{Init, LoadOptions, TensorSource, Weights};

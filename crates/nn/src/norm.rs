@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use oxiformers_kernels::{layer_norm, rms_norm};
 
 use crate::{Init, Result, Weights};
 
@@ -44,13 +45,7 @@ impl RmsNorm {
 
     /// `[.., size]` to the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let variance = (x.clone() * x.clone()).mean_dim(D - 1);
-        let x = x * (variance + self.eps).sqrt().recip();
-        match &self.weight {
-            Some(weight) if self.offset != 0.0 => x * (weight.val() + self.offset).unsqueeze(),
-            Some(weight) => x * weight.val().unsqueeze(),
-            None => x,
-        }
+        rms_norm(x, self.weight.as_ref().map(Param::val), self.offset, self.eps)
     }
 }
 
@@ -87,16 +82,8 @@ impl LayerNorm {
 
     /// `[.., size]` to the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let x = x.clone() - x.mean_dim(D - 1);
-        let variance = (x.clone() * x.clone()).mean_dim(D - 1);
-        let mut x = x * (variance + self.eps).sqrt().recip();
-        if let Some(weight) = &self.weight {
-            x = x * weight.val().unsqueeze();
-        }
-        match &self.bias {
-            Some(bias) => x + bias.val().unsqueeze(),
-            None => x,
-        }
+        let [weight, bias] = [&self.weight, &self.bias].map(|x| x.as_ref().map(Param::val));
+        layer_norm(x, weight, bias, self.eps)
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::{Device, Tensor, TensorData};
+use oxiformers_kernels::rotary;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -320,30 +321,7 @@ impl Rope {
 
     /// Rotates the first `rotary_dim` of the last dimension of `x` `[batch, heads, seq, head_dim]`.
     pub fn rotate(&self, x: Tensor<4>, (cos, sin): &(Tensor<4>, Tensor<4>)) -> Tensor<4> {
-        let [batch, heads, seq, head_dim] = x.dims();
-        let dim = self.0.rotary_dim;
-        let half = dim / 2;
-        let (cos, sin) = (cos.clone().cast(x.dtype()), sin.clone().cast(x.dtype()));
-        let (first, second) = if self.0.interleaved {
-            let pairs = x.clone().narrow(3, 0, dim).reshape([batch, heads, seq * half, 2]);
-            let part = |i| pairs.clone().narrow(3, i, 1).reshape([batch, heads, seq, half]);
-            (part(0), part(1))
-        } else {
-            (x.clone().narrow(3, 0, half), x.clone().narrow(3, half, half))
-        };
-        let rotated_first = first.clone() * cos.clone() - second.clone() * sin.clone();
-        let rotated_second = second * cos + first * sin;
-        let rotated = if self.0.interleaved {
-            let column = |t: Tensor<4>| t.reshape([batch, heads, seq * half, 1]);
-            Tensor::cat(vec![column(rotated_first), column(rotated_second)], 3)
-                .reshape([batch, heads, seq, dim])
-        } else {
-            Tensor::cat(vec![rotated_first, rotated_second], 3)
-        };
-        if dim == head_dim {
-            return rotated;
-        }
-        Tensor::cat(vec![rotated, x.narrow(3, dim, head_dim - dim)], 3)
+        rotary(x, cos.clone(), sin.clone(), self.0.interleaved)
     }
 }
 

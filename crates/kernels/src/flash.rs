@@ -1,0 +1,686 @@
+//! Attention on the CPU, over slices of f32.
+//!
+//! Queries in tiles, keys in blocks, and a softmax that goes along with them (Dao et al., 2022), so that scores
+//! never leave the cache. A tile holds queries of all the heads that share a key head: each key and value is
+//! read once for all of them. Few queries are multiplied by vector code, many by the matrix product. A long
+//! context of few queries is cut into pieces, whose results are put together at the end.
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use pulp::Simd;
+
+use crate::math;
+use crate::threads::{for_each_chunk, num_threads};
+
+/// Rows of a tile: pairs of a query and one of the heads of a group.
+const ROWS: usize = 128;
+/// Keys of a block.
+const KEYS: usize = 256;
+/// Tiles of up to so many rows are not worth the packing that a matrix product begins with.
+const FEW: usize = 16;
+/// Multiplications below which nothing is handed to another thread.
+const SMALL: usize = 1 << 16;
+
+/// `[batch, heads, rows, dim]` within a larger slice; the last dimension is dense.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub values: &'a [f32],
+    pub dims: [usize; 4],
+    /// Of the first three dimensions.
+    pub strides: [usize; 3],
+}
+
+impl<'a> View<'a> {
+    /// One row.
+    #[inline(always)]
+    pub fn row(&self, batch: usize, head: usize, row: usize) -> &'a [f32] {
+        let [a, b, c] = self.strides;
+        let start = batch * a + head * b + row * c;
+        &self.values[start..start + self.dims[3]]
+    }
+
+    /// All values from the row `rows.start` to the end of the last of `rows`.
+    fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> &'a [f32] {
+        let [a, b, c] = self.strides;
+        let start = batch * a + head * b;
+        &self.values[start + rows.start * c..start + (rows.end - 1) * c + self.dims[3]]
+    }
+}
+
+/// Which keys a query sees: those up to itself that are no padding and not beyond the window. A padding token
+/// sees itself only, so that there always is one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Visible {
+    /// Position of the first key.
+    pub first_key: usize,
+    /// Position of the first query.
+    pub first_query: usize,
+    /// How many tokens a query sees, itself included.
+    pub window: Option<usize>,
+    /// Left padding of each sequence, or one for all.
+    pub padding: Vec<usize>,
+}
+
+impl Visible {
+    /// The keys that the `query`th query of the sequence `row` sees, counted from the first key.
+    pub fn keys(&self, row: usize, query: usize) -> Range<usize> {
+        let padding = self.padding.get(row).or(self.padding.first());
+        let query = self.first_query + query;
+        let reach = self.window.map_or(0, |window| (query + 1).saturating_sub(window));
+        let first = reach
+            .max(padding.copied().unwrap_or(0))
+            .max(self.first_key)
+            .min(query);
+        first - self.first_key..query + 1 - self.first_key
+    }
+}
+
+/// One call of [`run`](Flash::run).
+pub(crate) struct Flash<'a> {
+    /// `[batch, heads, seq, dim]`.
+    pub q: View<'a>,
+    /// `[batch, kv_heads, keys, dim]`.
+    pub k: View<'a>,
+    /// `[batch, kv_heads, keys, value_dim]`.
+    pub v: View<'a>,
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    /// `[heads]`.
+    pub sinks: Option<&'a [f32]>,
+    /// `[heads]`.
+    pub alibi: Option<&'a [f32]>,
+    pub visible: &'a Visible,
+}
+
+/// How the work is cut.
+struct Cut {
+    /// Heads that share a key head.
+    group: usize,
+    /// Queries of a tile.
+    queries: usize,
+    /// Tiles of a sequence.
+    tiles: usize,
+    /// Pieces of a tile's keys.
+    pieces: usize,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+impl Flash<'_> {
+    /// `[batch, seq, heads * value_dim]`.
+    pub fn run(&self) -> Vec<f32> {
+        let [batch, heads, seq, dim] = self.q.dims;
+        let [_, kv_heads, keys, value_dim] = self.v.dims;
+        let mut out = vec![0.0; batch * seq * heads * value_dim];
+        if out.is_empty() {
+            return out;
+        }
+        let group = heads / kv_heads;
+        let queries = (ROWS / group).clamp(1, seq);
+        let tiles = seq.div_ceil(queries);
+        let small = batch * heads * seq * keys * (dim + value_dim) < SMALL;
+        let tasks = batch * kv_heads * tiles;
+        let pieces = if small {
+            1
+        } else {
+            (4 * num_threads()).div_ceil(tasks).clamp(1, keys.div_ceil(KEYS))
+        };
+        let cut = Cut {
+            group,
+            queries,
+            tiles,
+            pieces,
+        };
+        let rows = queries * group;
+        // For each piece: sums [rows, value_dim], largest scores [rows], totals [rows].
+        let width = rows * (value_dim + 2);
+        let mut parts = vec![0.0; tasks * pieces * width];
+        let run = |index: usize, part: &mut [f32]| {
+            pulp::Arch::new().dispatch(Piece {
+                flash: self,
+                cut: &cut,
+                index,
+                part,
+            });
+        };
+        if small {
+            parts
+                .chunks_mut(width)
+                .enumerate()
+                .for_each(|(i, part)| run(i, part));
+        } else {
+            for_each_chunk(&mut parts, width, run);
+        }
+        let merge = |index: usize, out: &mut [f32]| {
+            let (b, i) = (index / seq, index % seq);
+            for (head, out) in out.chunks_mut(value_dim).enumerate() {
+                let (kv, row) = (head / group, i % queries * group + head % group);
+                let first = ((b * kv_heads + kv) * tiles + i / queries) * pieces * width;
+                let parts = parts[first..].chunks(width).take(pieces);
+                merge(parts, rows, row, out);
+            }
+        };
+        if small {
+            out.chunks_mut(heads * value_dim)
+                .enumerate()
+                .for_each(|(i, out)| merge(i, out));
+        } else {
+            for_each_chunk(&mut out, heads * value_dim, merge);
+        }
+        out
+    }
+}
+
+/// Puts the pieces of a row together.
+fn merge<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone, rows: usize, row: usize, out: &mut [f32]) {
+    let dim = out.len();
+    let most = |part: &[f32]| part[rows * dim + row];
+    let total = |part: &[f32]| part[rows * (dim + 1) + row];
+    let largest = parts.clone().map(most).fold(f32::NEG_INFINITY, f32::max);
+    let weight = |part: &[f32]| math::exp(most(part) - largest);
+    let sum: f32 = parts.clone().map(|part| weight(part) * total(part)).sum();
+    for part in parts {
+        let weight = weight(part) / sum;
+        for (out, x) in out.iter_mut().zip(&part[row * dim..]) {
+            *out += weight * x;
+        }
+    }
+}
+
+/// One tile of queries over one piece of the keys.
+struct Piece<'a> {
+    flash: &'a Flash<'a>,
+    cut: &'a Cut,
+    index: usize,
+    part: &'a mut [f32],
+}
+
+impl pulp::WithSimd for Piece<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (f, cut) = (self.flash, self.cut);
+        let [_, kv_heads, _, value_dim] = f.v.dims;
+        let [_, _, seq, dim] = f.q.dims;
+        let (index, piece) = (self.index / cut.pieces, self.index % cut.pieces);
+        let (index, tile) = (index / cut.tiles, index % cut.tiles);
+        let (b, kv) = (index / kv_heads, index % kv_heads);
+        let queries = tile * cut.queries..((tile + 1) * cut.queries).min(seq);
+        let rows = queries.len() * cut.group;
+
+        let seen = f.visible.keys(b, queries.start).start..f.visible.keys(b, queries.end - 1).end;
+        let len = seen.len().div_ceil(cut.pieces);
+        let keys = seen.start + piece * len..(seen.start + (piece + 1) * len).min(seen.end);
+
+        let all = cut.queries * cut.group;
+        let (sums, rest) = self.part.split_at_mut(all * value_dim);
+        let (most, total) = rest.split_at_mut(all);
+        most.fill(f32::NEG_INFINITY);
+        if let (Some(sinks), 0) = (f.sinks, piece) {
+            // A sink is a score that leads nowhere.
+            for row in 0..rows {
+                most[row] = sinks[kv * cut.group + row % cut.group];
+                total[row] = 1.0;
+            }
+        }
+
+        let mut scratch = SCRATCH.take();
+        scratch.resize(scratch.len().max(rows * (dim + KEYS)), 0.0);
+        let (q, scores) = scratch.split_at_mut(rows * dim);
+        for (row, q) in q.chunks_mut(dim.max(1)).enumerate() {
+            let (query, head) = (queries.start + row / cut.group, kv * cut.group + row % cut.group);
+            for (q, x) in q.iter_mut().zip(f.q.row(b, head, query)) {
+                *q = x * f.scale;
+            }
+        }
+        for start in keys.clone().step_by(KEYS) {
+            let block = start..(start + KEYS).min(keys.end);
+            if rows <= FEW {
+                few_scores(simd, q, rows, |j| f.k.row(b, kv, j), block.clone(), scores);
+            } else {
+                many_scores(q, rows, f.k, (b, kv), block.clone(), scores);
+            }
+            for row in 0..rows {
+                let scores = &mut scores[row * KEYS..row * KEYS + block.len()];
+                let seen = f.visible.keys(b, queries.start + row / cut.group);
+                let end = seen.end.clamp(block.start, block.end);
+                let seen = seen.start.clamp(block.start, end) - start..end - start;
+                scores[..seen.start].fill(0.0);
+                scores[seen.end..].fill(0.0);
+                let scores = &mut scores[seen.clone()];
+                if scores.is_empty() {
+                    continue;
+                }
+                if let Some(cap) = f.softcap {
+                    for x in scores.iter_mut() {
+                        *x = cap * math::tanh(*x / cap);
+                    }
+                }
+                if let Some(slopes) = f.alibi {
+                    let slope = slopes[kv * cut.group + row % cut.group];
+                    // Counted back from the newest key, which keeps the values small where it matters.
+                    let first = (start + seen.start) as f32 - (f.k.dims[2] - 1) as f32;
+                    for (i, x) in scores.iter_mut().enumerate() {
+                        *x += slope * (first + i as f32);
+                    }
+                }
+                let largest = math::max(scores).max(most[row]);
+                for x in scores.iter_mut() {
+                    *x = math::exp(*x - largest);
+                }
+                let scale = math::exp(most[row] - largest);
+                total[row] = total[row] * scale + math::sum(scores, |x| x);
+                if largest > most[row] {
+                    for x in &mut sums[row * value_dim..][..value_dim] {
+                        *x *= scale;
+                    }
+                    most[row] = largest;
+                }
+            }
+            if rows <= FEW {
+                few_sums(simd, scores, rows, |j| f.v.row(b, kv, j), block, sums, value_dim);
+            } else {
+                many_sums(scores, rows, f.v, (b, kv), block, sums);
+            }
+        }
+        SCRATCH.set(scratch);
+    }
+}
+
+/// `scores[row, j] = q[row] · k[j]`.
+#[inline(always)]
+fn few_scores<'a, S: Simd>(
+    simd: S,
+    q: &[f32],
+    rows: usize,
+    k: impl Fn(usize) -> &'a [f32] + Copy,
+    block: Range<usize>,
+    scores: &mut [f32],
+) {
+    let mut row = 0;
+    while row < rows {
+        let scores = &mut scores[row * KEYS..];
+        row += match rows - row {
+            1 => scores_of::<S, 1>(simd, q, row, k, block.clone(), scores),
+            2 => scores_of::<S, 2>(simd, q, row, k, block.clone(), scores),
+            3 => scores_of::<S, 3>(simd, q, row, k, block.clone(), scores),
+            _ => scores_of::<S, 4>(simd, q, row, k, block.clone(), scores),
+        };
+    }
+}
+
+/// Those of `R` rows, two keys at a time; returns `R`.
+#[inline(always)]
+fn scores_of<'a, S: Simd, const R: usize>(
+    simd: S,
+    q: &[f32],
+    row: usize,
+    k: impl Fn(usize) -> &'a [f32],
+    block: Range<usize>,
+    scores: &mut [f32],
+) -> usize {
+    let dim = k(block.start).len();
+    let q: [&[f32]; R] = std::array::from_fn(|r| &q[(row + r) * dim..][..dim]);
+    let pairs = block.len() / 2;
+    for j in (0..2 * pairs).step_by(2) {
+        let dots = dots(simd, q, [k(block.start + j), k(block.start + j + 1)]);
+        for (r, dots) in dots.iter().enumerate() {
+            scores[r * KEYS + j..][..2].copy_from_slice(dots);
+        }
+    }
+    if 2 * pairs < block.len() {
+        for (r, [dot]) in dots(simd, q, [k(block.end - 1)]).into_iter().enumerate() {
+            scores[r * KEYS + 2 * pairs] = dot;
+        }
+    }
+    R
+}
+
+/// `q[r] · k[j]`. Loops, here and below: closures would not be compiled for the machine's vectors.
+#[inline(always)]
+fn dots<S: Simd, const R: usize, const J: usize>(simd: S, q: [&[f32]; R], k: [&[f32]; J]) -> [[f32; J]; R] {
+    let dim = k[0].len();
+    let mut sums = [[simd.splat_f32s(0.0); J]; R];
+    let whole = dim - dim % S::F32_LANES;
+    for at in (0..whole).step_by(S::F32_LANES) {
+        for j in 0..J {
+            let k = load(simd, k[j], at);
+            for r in 0..R {
+                sums[r][j] = simd.mul_add_e_f32s(load(simd, q[r], at), k, sums[r][j]);
+            }
+        }
+    }
+    if whole < dim {
+        for j in 0..J {
+            let k = simd.partial_load_f32s(&k[j][whole..]);
+            for r in 0..R {
+                let q = simd.partial_load_f32s(&q[r][whole..]);
+                sums[r][j] = simd.mul_add_e_f32s(q, k, sums[r][j]);
+            }
+        }
+    }
+    let mut dots = [[0.0; J]; R];
+    for r in 0..R {
+        for j in 0..J {
+            dots[r][j] = simd.reduce_sum_f32s(sums[r][j]);
+        }
+    }
+    dots
+}
+
+/// The vector that begins at `at`.
+#[inline(always)]
+fn load<S: Simd>(_: S, x: &[f32], at: usize) -> S::f32s {
+    S::as_simd_f32s(&x[at..at + S::F32_LANES]).0[0]
+}
+
+/// `sums[row] += Σⱼ weights[row, j] · v[j]`.
+#[inline(always)]
+fn few_sums<'a, S: Simd>(
+    simd: S,
+    weights: &[f32],
+    rows: usize,
+    v: impl Fn(usize) -> &'a [f32] + Copy,
+    block: Range<usize>,
+    sums: &mut [f32],
+    dim: usize,
+) {
+    let mut row = 0;
+    while row < rows {
+        let weights = &weights[row * KEYS..];
+        let sums = &mut sums[row * dim..];
+        row += match rows - row {
+            1 => sums_of::<S, 1>(simd, weights, v, block.clone(), sums, dim),
+            2 => sums_of::<S, 2>(simd, weights, v, block.clone(), sums, dim),
+            3 => sums_of::<S, 3>(simd, weights, v, block.clone(), sums, dim),
+            _ => sums_of::<S, 4>(simd, weights, v, block.clone(), sums, dim),
+        };
+    }
+}
+
+/// Those of `R` rows; returns `R`.
+#[inline(always)]
+fn sums_of<'a, S: Simd, const R: usize>(
+    simd: S,
+    weights: &[f32],
+    v: impl Fn(usize) -> &'a [f32] + Copy,
+    block: Range<usize>,
+    sums: &mut [f32],
+    dim: usize,
+) -> usize {
+    let weights: [&[f32]; R] = std::array::from_fn(|r| &weights[r * KEYS..][..block.len()]);
+    let mut column = 0;
+    while column < dim {
+        let left = (dim - column) / S::F32_LANES;
+        let sums = &mut sums[column..];
+        column += match left {
+            0 => columns_of::<S, R, 1, true>(simd, weights, v, block.start, column, sums, dim),
+            1..4 => columns_of::<S, R, 1, false>(simd, weights, v, block.start, column, sums, dim),
+            _ => columns_of::<S, R, 4, false>(simd, weights, v, block.start, column, sums, dim),
+        };
+    }
+    R
+}
+
+/// Those of `C` vectors of columns, the last of which may be `PARTIAL`; returns the number of columns.
+#[inline(always)]
+fn columns_of<'a, S: Simd, const R: usize, const C: usize, const PARTIAL: bool>(
+    simd: S,
+    weights: [&[f32]; R],
+    v: impl Fn(usize) -> &'a [f32],
+    first: usize,
+    column: usize,
+    sums: &mut [f32],
+    dim: usize,
+) -> usize {
+    let lanes = S::F32_LANES;
+    let width = if PARTIAL { dim - column } else { C * lanes };
+    let mut totals = [[simd.splat_f32s(0.0); C]; R];
+    for r in 0..R {
+        for c in 0..C {
+            totals[r][c] = match PARTIAL {
+                true => simd.partial_load_f32s(&sums[r * dim..][..width]),
+                false => load(simd, &sums[r * dim..], c * lanes),
+            };
+        }
+    }
+    for j in 0..weights[0].len() {
+        let v = &v(first + j)[column..column + width];
+        for c in 0..C {
+            let v = match PARTIAL {
+                true => simd.partial_load_f32s(v),
+                false => load(simd, v, c * lanes),
+            };
+            for r in 0..R {
+                totals[r][c] = simd.mul_add_e_f32s(simd.splat_f32s(weights[r][j]), v, totals[r][c]);
+            }
+        }
+    }
+    for (r, totals) in totals.iter().enumerate() {
+        let sums = &mut sums[r * dim..][..width];
+        if PARTIAL {
+            simd.partial_store_f32s(sums, totals[0]);
+        } else {
+            S::as_mut_simd_f32s(sums).0.copy_from_slice(totals);
+        }
+    }
+    width
+}
+
+/// Like [`few_scores`], as a matrix product.
+fn many_scores(
+    q: &[f32],
+    rows: usize,
+    k: View,
+    (batch, head): (usize, usize),
+    block: Range<usize>,
+    scores: &mut [f32],
+) {
+    let dim = k.dims[3];
+    let (stride, keys) = (k.strides[2] as isize, block.len());
+    let k = k.rows(batch, head, block);
+    assert!(q.len() >= rows * dim && scores.len() >= rows * KEYS);
+    // SAFETY: the strides describe the scores [rows, keys], rows KEYS apart, the queries [rows, dim], and the
+    // keys [keys, dim], rows `stride` apart, read transposed; `View::rows` has checked that these lie in `k`.
+    unsafe {
+        gemm::gemm(
+            rows,
+            keys,
+            dim,
+            scores.as_mut_ptr(),
+            1,
+            KEYS as isize,
+            false,
+            q.as_ptr(),
+            1,
+            dim as isize,
+            k.as_ptr(),
+            stride,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// Like [`few_sums`], as a matrix product.
+fn many_sums(
+    weights: &[f32],
+    rows: usize,
+    v: View,
+    (batch, head): (usize, usize),
+    block: Range<usize>,
+    sums: &mut [f32],
+) {
+    let dim = v.dims[3];
+    let (stride, keys) = (v.strides[2] as isize, block.len());
+    let v = v.rows(batch, head, block);
+    assert!(weights.len() >= rows * KEYS && sums.len() >= rows * dim);
+    // SAFETY: the strides describe the sums [rows, dim], the weights [rows, keys], rows KEYS apart, and the
+    // values [keys, dim], rows `stride` apart; `View::rows` has checked that these lie in `v`.
+    unsafe {
+        gemm::gemm(
+            rows,
+            dim,
+            keys,
+            sums.as_mut_ptr(),
+            1,
+            dim as isize,
+            true,
+            weights.as_ptr(),
+            1,
+            KEYS as isize,
+            v.as_ptr(),
+            1,
+            stride,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Case {
+        batch: usize,
+        heads: usize,
+        kv_heads: usize,
+        seq: usize,
+        past: usize,
+        dim: usize,
+        value_dim: usize,
+    }
+
+    fn noise(seed: usize, len: usize) -> Vec<f32> {
+        let mut state = seed as u32 ^ 0x9e37_79b9;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// `[batch, heads, rows, dim]` with room between the rows.
+    fn view(values: &[f32], dims: [usize; 4]) -> View<'_> {
+        let [_, heads, rows, dim] = dims;
+        let strides = [rows * heads * (dim + 1), dim + 1, heads * (dim + 1)];
+        View {
+            values,
+            dims,
+            strides,
+        }
+    }
+
+    fn naive(f: &Flash) -> Vec<f32> {
+        let [batch, heads, seq, _] = f.q.dims;
+        let [_, kv_heads, keys, value_dim] = f.v.dims;
+        let mut out = Vec::new();
+        for b in 0..batch {
+            for i in 0..seq {
+                for h in 0..heads {
+                    let kv = h / (heads / kv_heads);
+                    let q = f.q.row(b, h, i);
+                    let score = |j| {
+                        let dot: f32 = q.iter().zip(f.k.row(b, kv, j)).map(|(q, k)| q * k).sum();
+                        let x = dot * f.scale;
+                        let x = f.softcap.map_or(x, |cap| cap * (x / cap).tanh());
+                        x + f
+                            .alibi
+                            .map_or(0.0, |slopes| slopes[h] * (j as f32 - (keys - 1) as f32))
+                    };
+                    let seen = f.visible.keys(b, i);
+                    let weights: Vec<f64> = seen.clone().map(|j| f64::from(score(j)).exp()).collect();
+                    let sink = f.sinks.map_or(0.0, |sinks| f64::from(sinks[h]).exp());
+                    let total = weights.iter().sum::<f64>() + sink;
+                    out.extend((0..value_dim).map(|c| {
+                        let sum: f64 = (seen.clone().zip(&weights))
+                            .map(|(j, weight)| weight * f64::from(f.v.row(b, kv, j)[c]))
+                            .sum();
+                        (sum / total) as f32
+                    }));
+                }
+            }
+        }
+        out
+    }
+
+    fn check(c: &Case, window: Option<usize>, padding: Vec<usize>, extras: bool) {
+        let keys = c.past + c.seq;
+        let values = |seed, heads, rows, dim| noise(seed, c.batch * heads * rows * (dim + 1));
+        let q = values(1, c.heads, c.seq, c.dim);
+        let k = values(2, c.kv_heads, keys, c.dim);
+        let v = values(3, c.kv_heads, keys, c.value_dim);
+        let per_head = noise(4, c.heads);
+        let flash = Flash {
+            q: view(&q, [c.batch, c.heads, c.seq, c.dim]),
+            k: view(&k, [c.batch, c.kv_heads, keys, c.dim]),
+            v: view(&v, [c.batch, c.kv_heads, keys, c.value_dim]),
+            scale: 0.7,
+            softcap: extras.then_some(3.0),
+            sinks: extras.then_some(&per_head),
+            alibi: extras.then_some(&per_head),
+            visible: &Visible {
+                first_key: 5,
+                first_query: 5 + c.past,
+                window,
+                padding,
+            },
+        };
+        let worst = (flash.run().iter().zip(naive(&flash)))
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        assert!(worst < 2e-5, "{worst}");
+    }
+
+    #[test]
+    fn like_the_naive_sum() {
+        for (dim, value_dim) in [(3, 3), (64, 64), (80, 80), (24, 17)] {
+            for (heads, kv_heads) in [(1, 1), (6, 2), (7, 1), (40, 2)] {
+                for (seq, past) in [(1, 0), (1, 300), (2, 7), (7, 0), (33, 5), (1, 1100)] {
+                    let case = Case {
+                        batch: 2,
+                        heads,
+                        kv_heads,
+                        seq,
+                        past,
+                        dim,
+                        value_dim,
+                    };
+                    check(&case, None, vec![0], false);
+                    check(&case, Some(4), vec![0], false);
+                    check(&case, None, vec![9, 5], false);
+                    check(&case, Some(17), vec![0, 20], true);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn many_tiles() {
+        let case = Case {
+            batch: 1,
+            heads: 3,
+            kv_heads: 1,
+            seq: 600,
+            past: 30,
+            dim: 16,
+            value_dim: 16,
+        };
+        check(&case, None, vec![0], false);
+        check(&case, Some(100), vec![40], true);
+    }
+}

@@ -1,0 +1,134 @@
+//! Functions of one f32, written so that a loop over a slice becomes vector code.
+//!
+//! They are plain arithmetic without branches: inlined into a loop that runs under [`pulp::Arch::dispatch`],
+//! the compiler makes vectors of the machine's width of them.
+
+use std::f32::consts::LOG2_E;
+
+/// `eˣ` within a few units in the last place; what would leave the range of normal numbers stays at its ends.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts: products with the first are exact.
+    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    let x = x.clamp(-87.0, 88.0);
+    let rounded = x * LOG2_E + ROUND;
+    let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+    let n = rounded - ROUND;
+    let r = x - n * LN_2[0] - n * LN_2[1];
+    // Taylor's series; |r| ≤ ln 2 / 2.
+    let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
+    let p = 1.0 / 24.0 + r * (1.0 / 120.0 + r * p);
+    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * p)));
+    p * power
+}
+
+/// `1 / (1 + e⁻ˣ)`.
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Hyperbolic tangent.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let square = x * x;
+    // Near zero the quotient below would lose what little there is.
+    let series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0));
+    let series = x + x * square * (-1.0 / 3.0 + square * series);
+    let quotient = 1.0 - 2.0 / (exp(2.0 * x) + 1.0);
+    if x.abs() < 0.25 { series } else { quotient }
+}
+
+/// The error function within 2e-7 (Abramowitz and Stegun, 1964, 7.1.26).
+#[inline(always)]
+pub(crate) fn erf(x: f32) -> f32 {
+    let t = 1.0 / (1.0 + 0.327_591_1 * x.abs());
+    let p = -1.453_152 + t * 1.061_405_4;
+    let p = t * (0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_7 + t * p)));
+    (1.0 - p * exp(-x * x)).copysign(x)
+}
+
+/// `Σ f(x)` in many partial sums, which vectors can hold.
+#[inline(always)]
+pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    const LANES: usize = 64;
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut sums = [0.0f32; LANES];
+    for chunk in chunks {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *sum += f(*x);
+        }
+    }
+    for (sum, x) in sums.iter_mut().zip(rest) {
+        *sum += f(*x);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// The largest of `x`.
+#[inline(always)]
+pub(crate) fn max(x: &[f32]) -> f32 {
+    const LANES: usize = 64;
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (most, x) in most.iter_mut().zip(chunk) {
+            *most = larger(*x, *most);
+        }
+    }
+    for (most, x) in most.iter_mut().zip(rest) {
+        *most = larger(*x, *most);
+    }
+    most.into_iter().fold(f32::NEG_INFINITY, larger)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The largest of `difference` over a range of arguments.
+    fn worst(difference: impl Fn(f64) -> f64) -> f64 {
+        (-400_000..400_000)
+            .map(|i| f64::from(i as f32 * 2e-4))
+            .map(difference)
+            .fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn close_to_the_exact_functions() {
+        let relative = worst(|x| (f64::from(exp(x as f32)) / x.exp() - 1.0).abs());
+        assert!(relative < 4e-7, "exp: {relative}");
+        let absolute = worst(|x| (f64::from(sigmoid(x as f32)) - 1.0 / (1.0 + (-x).exp())).abs());
+        assert!(absolute < 3e-7, "sigmoid: {absolute}");
+        let absolute = worst(|x| (f64::from(tanh(x as f32)) - x.tanh()).abs());
+        assert!(absolute < 3e-7, "tanh: {absolute}");
+        let relative = worst(|x| {
+            (f64::from(tanh((x / 400.0) as f32)) - (x / 400.0).tanh()).abs() / (x / 400.0).abs().max(1e-9)
+        });
+        assert!(relative < 3e-7, "small tanh: {relative}");
+        assert!((erf(0.5) - 0.520_499_9).abs() < 3e-7);
+        assert!((erf(-1.5) + 0.966_105_15).abs() < 3e-7);
+        assert_eq!(erf(10.0), 1.0);
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(f32::NEG_INFINITY) < 1e-37);
+    }
+
+    #[test]
+    fn sums_and_maxima() {
+        for len in [0, 1, 63, 64, 65, 200] {
+            let x: Vec<f32> = (0..len).map(|i| ((i * 37) % 101) as f32 - 90.0).collect();
+            assert_eq!(sum(&x, |x| x), x.iter().sum::<f32>());
+            assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Normalization over the last dimension.
+
+use burn::tensor::Tensor;
+
+use crate::{flex, math};
+
+/// Root mean square norm (Zhang and Sennrich, 2019): `x / sqrt(mean(x²) + eps) · (weight + offset)` for `x`
+/// `[.., size]` and `weight` `[size]`.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Option<Tensor<1>>, offset: f64, eps: f64) -> Tensor<D> {
+    let norm = |x: Tensor<D>| {
+        let variance = (x.clone() * x.clone()).mean_dim(D - 1);
+        x * (variance + eps).sqrt().recip()
+    };
+    run(x, weight, None, offset, eps, false, norm)
+}
+
+/// Layer norm (Ba et al., 2016): `(x − mean) / sqrt(var + eps) · weight + bias` for `x` `[.., size]`, `weight`
+/// and `bias` `[size]`.
+pub fn layer_norm<const D: usize>(
+    x: Tensor<D>,
+    weight: Option<Tensor<1>>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> Tensor<D> {
+    let norm = |x: Tensor<D>| {
+        let x = x.clone() - x.mean_dim(D - 1);
+        let variance = (x.clone() * x.clone()).mean_dim(D - 1);
+        x * (variance + eps).sqrt().recip()
+    };
+    run(x, weight, bias, 0.0, eps, true, norm)
+}
+
+/// `reference` is the norm without weight and bias.
+fn run<const D: usize>(
+    x: Tensor<D>,
+    weight: Option<Tensor<1>>,
+    bias: Option<Tensor<1>>,
+    offset: f64,
+    eps: f64,
+    centered: bool,
+    reference: impl Fn(Tensor<D>) -> Tensor<D>,
+) -> Tensor<D> {
+    let (x, weight) = (x.into_dispatch(), weight.map(Tensor::into_dispatch));
+    let bias = bias.map(Tensor::into_dispatch);
+    if ![Some(&x), weight.as_ref(), bias.as_ref()]
+        .into_iter()
+        .flatten()
+        .all(flex::is_plain)
+    {
+        let mut y = reference(Tensor::from_dispatch(x));
+        if let Some(weight) = weight.map(Tensor::<1>::from_dispatch) {
+            let weight = if offset == 0.0 { weight } else { weight + offset };
+            y = y * weight.unsqueeze();
+        }
+        return match bias {
+            Some(bias) => y + Tensor::<1>::from_dispatch(bias).unsqueeze(),
+            None => y,
+        };
+    }
+    let weight = weight.map(flex::inner).map(flex::contiguous);
+    let bias = bias.map(flex::inner).map(flex::contiguous);
+    let x = flex::inner(x);
+    let size = x.layout().shape().last().copied().unwrap_or(0);
+    flex::wrap(flex::change(x, size, |_, x| {
+        pulp::Arch::new().dispatch(Rows {
+            x,
+            size,
+            weight: weight.as_ref().map(flex::values),
+            bias: bias.as_ref().map(flex::values),
+            offset: offset as f32,
+            eps: eps as f32,
+            centered,
+        });
+    }))
+}
+
+struct Rows<'a> {
+    /// `[rows, size]`.
+    x: &'a mut [f32],
+    size: usize,
+    weight: Option<&'a [f32]>,
+    bias: Option<&'a [f32]>,
+    offset: f32,
+    eps: f32,
+    /// Whether the mean is taken off.
+    centered: bool,
+}
+
+impl pulp::WithSimd for Rows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        let size = self.size.max(1);
+        for x in self.x.chunks_exact_mut(size) {
+            if self.centered {
+                let mean = math::sum(x, |x| x) / size as f32;
+                for x in x.iter_mut() {
+                    *x -= mean;
+                }
+            }
+            let scale = (math::sum(x, |x| x * x) / size as f32 + self.eps).sqrt().recip();
+            match self.weight {
+                Some(weight) => {
+                    for (x, weight) in x.iter_mut().zip(weight) {
+                        *x *= scale * (weight + self.offset);
+                    }
+                }
+                None => {
+                    for x in x.iter_mut() {
+                        *x *= scale;
+                    }
+                }
+            }
+            if let Some(bias) = self.bias {
+                for (x, bias) in x.iter_mut().zip(bias) {
+                    *x += bias;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{noise, tracked, worst};
+
+    #[test]
+    fn like_the_reference() {
+        for size in [1, 3, 64, 80, 577] {
+            for rows in [1, 2, 7, 300] {
+                let x = noise(1, [2, rows, size]) * 3.0 + 0.5;
+                let (weight, bias) = (noise(2, [size]), noise(3, [size]));
+                for weight in [None, Some(weight)] {
+                    let tracked_weight = weight.clone().map(tracked);
+                    for offset in [0.0, 1.0] {
+                        let fast = rms_norm(x.clone(), weight.clone(), offset, 1e-5);
+                        let slow = rms_norm(tracked(x.clone()), tracked_weight.clone(), offset, 1e-5);
+                        assert!(worst(fast, slow) < 1e-5);
+                    }
+                    for bias in [None, Some(bias.clone())] {
+                        let fast = layer_norm(x.clone(), weight.clone(), bias.clone(), 1e-5);
+                        let bias = bias.map(tracked);
+                        let slow = layer_norm(tracked(x.clone()), tracked_weight.clone(), bias, 1e-5);
+                        assert!(worst(fast, slow) < 1e-5);
+                    }
+                }
+                let turned = rms_norm(x.clone().swap_dims(0, 1), None, 0.0, 1e-5);
+                assert!(worst(turned, rms_norm(x, None, 0.0, 1e-5).swap_dims(0, 1)) < 1e-6);
+            }
+        }
+    }
+}
