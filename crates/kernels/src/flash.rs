@@ -269,11 +269,8 @@ impl pulp::WithSimd for Piece<'_> {
                     }
                 }
                 let largest = math::max(scores).max(most[row]);
-                for x in scores.iter_mut() {
-                    *x = math::exp(*x - largest);
-                }
                 let scale = math::exp(most[row] - largest);
-                total[row] = total[row] * scale + math::sum(scores, |x| x);
+                total[row] = total[row] * scale + math::exp_sum(scores, largest);
                 if largest > most[row] {
                     for x in &mut sums[row * value_dim..][..value_dim] {
                         *x *= scale;

@@ -18,8 +18,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let n = rounded - ROUND;
     let r = x - n * LN_2[0] - n * LN_2[1];
     // Taylor's series; |r| ≤ ln 2 / 2.
-    let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
-    let p = 1.0 / 24.0 + r * (1.0 / 120.0 + r * p);
+    let p = 1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0));
     let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * p)));
     p * power
 }
@@ -50,10 +49,12 @@ pub(crate) fn erf(x: f32) -> f32 {
     (1.0 - p * exp(-x * x)).copysign(x)
 }
 
+/// Partial sums: a few vectors of any machine.
+const LANES: usize = 32;
+
 /// `Σ f(x)` in many partial sums, which vectors can hold.
 #[inline(always)]
 pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    const LANES: usize = 64;
     let (chunks, rest) = x.as_chunks::<LANES>();
     let mut sums = [0.0f32; LANES];
     for chunk in chunks {
@@ -61,23 +62,50 @@ pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
             *sum += f(*x);
         }
     }
-    for (sum, x) in sums.iter_mut().zip(rest) {
-        *sum += f(*x);
+    let mut total = fold(sums, |a, b| a + b);
+    for x in rest {
+        total += f(*x);
     }
+    total
+}
+
+/// Puts lanes together, half of them at a time.
+#[inline(always)]
+fn fold<const LANES: usize>(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            sums[i] += sums[i + width];
+            lanes[i] = f(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
-    sums[0]
+    lanes[0]
+}
+
+/// Makes every `x` `e^(x − offset)`; returns their sum.
+#[inline(always)]
+pub(crate) fn exp_sum(x: &mut [f32], offset: f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (chunks, rest) = x.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *x = exp(*x - offset);
+            *sum += *x;
+        }
+    }
+    for x in rest.iter_mut() {
+        *x = exp(*x - offset);
+    }
+    let mut total = fold(sums, |a, b| a + b);
+    for x in rest {
+        total += *x;
+    }
+    total
 }
 
 /// The largest of `x`.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
-    const LANES: usize = 64;
     let larger = |a: f32, b: f32| if a > b { a } else { b };
     let (chunks, rest) = x.as_chunks::<LANES>();
     let mut most = [f32::NEG_INFINITY; LANES];
@@ -86,10 +114,11 @@ pub(crate) fn max(x: &[f32]) -> f32 {
             *most = larger(*x, *most);
         }
     }
-    for (most, x) in most.iter_mut().zip(rest) {
-        *most = larger(*x, *most);
+    let mut largest = fold(most, larger);
+    for x in rest {
+        largest = larger(*x, largest);
     }
-    most.into_iter().fold(f32::NEG_INFINITY, larger)
+    largest
 }
 
 #[cfg(test)]
