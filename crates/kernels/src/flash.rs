@@ -423,8 +423,9 @@ fn sums_of<'a, S: Simd, const R: usize>(
     R
 }
 
-/// Those of `C` vectors of columns, the last of which may be `PARTIAL`; returns the number of columns.
+/// Those of `C` vectors of columns, or of one that is `PARTIAL`ly filled; returns the number of columns.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)]
 fn columns_of<'a, S: Simd, const R: usize, const C: usize, const PARTIAL: bool>(
     simd: S,
     weights: [&[f32]; R],

@@ -67,22 +67,23 @@ fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, interleaved: bool) ->
     let [a, b, c]: [usize; 3] = std::array::from_fn(|i| strides[i] as usize);
     let [batch, heads, seq, _]: [usize; 4] = std::array::from_fn(|i| layout.shape()[i]);
     let (cos, sin) = (flex::view(&cos), flex::view(&sin));
-    let table = |view: &View<'_>, i: usize, j: usize| view.row(i.min(view.dims[0] - 1), 0, j).to_vec();
+    // One table for all sequences, or one each.
+    let table = |view: View<'_>, i: usize| i.min(view.dims[0] - 1);
     let dim = 2 * cos.dims[3];
     let values = x.storage_mut::<f32>();
     for i in 0..batch {
         for j in 0..seq {
-            let (cos, sin) = (table(&cos, i, j), table(&sin, i, j));
+            let (cos, sin) = (cos.row(table(cos, i), 0, j), sin.row(table(sin, i), 0, j));
             for head in 0..heads {
                 let at = start + i * a + head * b + j * c;
                 let x = &mut values[at..at + dim];
                 if interleaved {
-                    for ((x, cos), sin) in x.as_chunks_mut::<2>().0.iter_mut().zip(&cos).zip(&sin) {
+                    for ((x, cos), sin) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
                         *x = [x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin];
                     }
                 } else {
                     let (first, second) = x.split_at_mut(dim / 2);
-                    for (((x, y), cos), sin) in first.iter_mut().zip(second).zip(&cos).zip(&sin) {
+                    for (((x, y), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
                         (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
                     }
                 }
