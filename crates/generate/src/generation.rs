@@ -18,6 +18,9 @@ use crate::{Error, GenerationConfig, Result, beam};
 /// busy, and few enough that attention scores stay small and an interruption comes through soon.
 const PREFILL_CHUNK: usize = 512;
 
+/// New tokens that the cache has room for from the start.
+const ROOM: usize = 512;
+
 /// A model and how it is to generate.
 #[derive(Clone)]
 pub struct Generator<'a> {
@@ -382,6 +385,7 @@ impl<'a> Generation<'a> {
         };
         let mut cache = cache.unwrap_or_else(|| generator.model.new_cache(kind, padding));
         cache.prepare(total);
+        cache.reserve(longest.min(total + ROOM));
         let pending = padded(prompts.iter().map(Vec::as_slice), cache.padding(), done);
         let live = if rows.iter().all(|row| row.limit == 0) {
             Vec::new()

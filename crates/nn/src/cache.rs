@@ -97,6 +97,15 @@ impl Cache {
         }
     }
 
+    /// Makes room for `len` tokens at the next allocation, so that appending up to there moves nothing.
+    pub fn reserve(&mut self, len: usize) {
+        for layer in &mut self.layers {
+            layer.reserve = layer
+                .reserve
+                .max(layer.window.map_or(len, |window| len.min(2 * window)));
+        }
+    }
+
     /// Forgets everything after the first `len` tokens. Returns whether that was possible: a layer with a
     /// sliding window has dropped what such a shorter past would need, unless the cache is
     /// [`CacheKind::Full`] or [`CacheKind::Static`].
@@ -219,7 +228,7 @@ impl LayerCache {
                     let capacity = if needed <= capacity {
                         capacity
                     } else {
-                        (needed + needed / 2).max(64)
+                        (needed + needed / 2).max(64).max(self.reserve)
                     };
                     let buffer = grown(&new, capacity);
                     let buffer = if kept > 0 {

@@ -116,7 +116,7 @@ impl GatedMlp {
             }
             _ => return x,
         };
-        self.down_proj.forward(self.act.forward(gate) * up)
+        self.down_proj.forward(self.act.gated(gate, up))
     }
 }
 
