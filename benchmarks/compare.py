@@ -1,7 +1,6 @@
 """Runs this build and its peers in alternation on the same weights, and prints medians and ratios."""
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -31,23 +30,16 @@ def wait_until_quiet(minutes):
 
 def requantized(source, folder):
     """Files of other types made by llama.cpp from the given one."""
-    import llama_cpp
-
-    folder.mkdir(parents=True, exist_ok=True)
     for name, number in FILE_TYPES.items():
         path = folder / f"{source.stem}.{name}.gguf"
         if not path.exists():
-            params = llama_cpp.llama_model_quantize_default_params()
-            params.ftype, params.allow_requantize, params.pure, params.nthread = number, True, True, os.cpu_count()
-            part = path.with_suffix(".part")
-            code = llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(params))
-            assert code == 0, f"llama.cpp cannot make {name}"
-            part.rename(path)
+            subprocess.run([sys.executable, HERE / "peers" / "requantize.py", source, path, str(number)], check=True)
         yield name, path
 
 
 def child(command):
-    """Output, seconds and peak memory in bytes of a process."""
+    """Output, seconds and peak memory in bytes of a process. The peak begins with what this process holds, so
+    nothing large may be imported here before."""
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         output = process.stdout.read()
