@@ -17,6 +17,10 @@ use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command};
 
+/// Keeps what a step frees for the next one; the system's would give large pieces back and fetch them anew.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // What hf_hub logs is said in our own words where it matters.

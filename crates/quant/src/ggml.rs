@@ -58,14 +58,9 @@ impl PackedMatrix for GgmlMatrix {
 
     fn int8(&self) -> Option<&Int8Matrix> {
         let [rows, cols] = self.shape;
-        let pack = || {
-            let packed = Int8Matrix::pack(self.ty, rows, cols, &self.data);
-            if packed.is_some() {
-                // From now on a few rows are looked up at most.
-                oxiformers_hub::release(&self.data);
-            }
-            packed
-        };
+        // From then on a few rows are looked up at most.
+        let done = oxiformers_hub::release;
+        let pack = || Int8Matrix::pack(self.ty, rows, cols, &self.data, &done);
         self.int8.get_or_init(pack).as_ref()
     }
 }

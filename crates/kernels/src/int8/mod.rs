@@ -65,13 +65,20 @@ impl Layout {
 }
 
 impl Int8Matrix {
-    /// Regroups rows of ggml blocks, whose number the caller has checked. `None` where this processor has no
-    /// kernel.
-    pub fn pack(ty: GgmlType, rows: usize, cols: usize, bytes: &[u8]) -> Option<Self> {
+    /// Regroups rows of ggml blocks, whose number the caller has checked; `done` is told what has been read and
+    /// is not needed any more. `None` where this processor has no kernel.
+    pub fn pack(
+        ty: GgmlType,
+        rows: usize,
+        cols: usize,
+        bytes: &[u8],
+        done: &(dyn Fn(&[u8]) + Sync),
+    ) -> Option<Self> {
         struct Pack<'a> {
             rows: usize,
             cols: usize,
             bytes: &'a [u8],
+            done: &'a (dyn Fn(&[u8]) + Sync),
         }
         impl Visitor for Pack<'_> {
             type Output = Option<Int8Matrix>;
@@ -116,11 +123,19 @@ impl Int8Matrix {
                         let pack = || scratch.pack::<F, B, N>(bytes, row_bytes, layout, to, factors);
                         pulp::Arch::new().dispatch(pack);
                     }
+                    let rows = piece * size * TILE..self.rows.min((piece + 1) * size * TILE);
+                    (self.done)(&self.bytes[rows.start * row_bytes..rows.end * row_bytes]);
                 });
                 Some(matrix)
             }
         }
-        with_format(ty, Pack { rows, cols, bytes })
+        let pack = Pack {
+            rows,
+            cols,
+            bytes,
+            done,
+        };
+        with_format(ty, pack)
     }
 
     /// `[out_features, in_features]`.
@@ -509,7 +524,7 @@ mod tests {
                 let bytes = random_blocks(*ty, rows * cols / ty.block_size());
                 let mut weights = vec![0.0; rows * cols];
                 dequantize(*ty, &bytes, &mut weights).unwrap();
-                let pack = || Int8Matrix::pack(*ty, rows, cols, &bytes).unwrap();
+                let pack = || Int8Matrix::pack(*ty, rows, cols, &bytes, &|_| ()).unwrap();
                 let matrices = [pack(), with_format(*ty, WithAvx2(pack()))];
                 for batch in [1, 2, 3, 7, 8, 19] {
                     let x: Vec<f32> = noise(7)
@@ -558,7 +573,7 @@ mod tests {
     #[test]
     fn values_that_are_no_numbers_stay_visible() {
         let bytes = random_blocks(GgmlType::Q4_0, 16);
-        let matrix = Int8Matrix::pack(GgmlType::Q4_0, 8, 64, &bytes).unwrap();
+        let matrix = Int8Matrix::pack(GgmlType::Q4_0, 8, 64, &bytes, &|_| ()).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
             let mut x = vec![1.0; 128];
             x[70] = bad;
