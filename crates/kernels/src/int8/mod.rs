@@ -296,7 +296,7 @@ pub struct Activations {
 
 impl Activations {
     /// Quantizes `x` `[rows, cols]`, `cols` a multiple of 32: in each block of 32 the largest value becomes
-    /// [`LARGEST`].
+    /// 127 · 128.
     pub fn quantize(x: &[f32], cols: usize) -> Self {
         let rows = x.len() / cols.max(1);
         let mut all = Self {
