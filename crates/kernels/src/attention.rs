@@ -44,15 +44,25 @@ impl Mask {
 }
 
 fn explicit(visible: &Visible, queries: usize, keys: usize, device: &Device) -> Explicit {
-    let padded = visible.padding.iter().any(|pad| *pad > visible.first_key);
-    if !padded && visible.window.is_none_or(|window| keys <= window) {
-        return if queries == 1 {
-            Explicit::Nothing
-        } else {
-            Explicit::Causal
-        };
-    }
-    let rows = if padded { visible.padding.len() } else { 1 };
+    let rows = match visible {
+        Visible::Causal {
+            first_key,
+            window,
+            padding,
+            ..
+        } => {
+            let padded = padding.iter().any(|pad| pad > first_key);
+            if !padded && window.is_none_or(|window| keys <= window) {
+                return if queries == 1 {
+                    Explicit::Nothing
+                } else {
+                    Explicit::Causal
+                };
+            }
+            if padded { padding.len() } else { 1 }
+        }
+        Visible::Range { tokens, .. } => tokens.len().max(1),
+    };
     let mut hidden = vec![true; rows * queries * keys];
     for (index, hidden) in hidden.chunks_mut(keys).enumerate() {
         hidden[visible.keys(index / queries, index % queries)].fill(false);
@@ -73,22 +83,34 @@ pub struct AttentionOptions {
     pub softcap: Option<f64>,
 }
 
+/// What the scores of queries and keys meet on their way to the softmax.
+#[derive(Debug, Clone, Default)]
+pub struct ScoreBias {
+    /// Is added: `[1 or batch, 1 or heads, 1 or seq, keys]`. Positions relative to each other (Raffel et al.,
+    /// 2020), or -∞ where a key is hidden for reasons that the [`Mask`] cannot tell.
+    pub bias: Option<Tensor<4>>,
+    /// Slopes `[heads]` of a bias that falls with the distance from the query back to the key (Press et al.,
+    /// 2022).
+    pub alibi: Option<Tensor<1>>,
+    /// Scores `[heads]` that take part in the softmax and lead nowhere.
+    pub sinks: Option<Tensor<1>>,
+}
+
 /// `softmax(q · kᵀ · scale + bias) · v` under a mask, the heads side by side:
 /// `[batch, seq, heads * value_dim]`.
 ///
 /// `q` is `[batch, heads, seq, head_dim]`, `k` `[batch, kv_heads, keys, head_dim]` and `v`
-/// `[batch, kv_heads, keys, value_dim]`. `alibi` are slopes `[heads]` of a bias that falls with the distance
-/// (Press et al., 2022); `sinks` `[heads]` are scores that take part in the softmax and lead nowhere.
+/// `[batch, kv_heads, keys, value_dim]`.
 pub fn attention(
     [q, k, v]: [Tensor<4>; 3],
     mask: &Mask,
-    alibi: Option<Tensor<1>>,
-    sinks: Option<Tensor<1>>,
+    bias: ScoreBias,
     options: AttentionOptions,
 ) -> Tensor<3> {
-    let ([batch, heads, seq, head_dim], value_dim) = (q.dims(), v.dims()[3]);
-    let per_head = [alibi.map(Tensor::into_dispatch), sinks.map(Tensor::into_dispatch)];
-    let qkv = match per_head.iter().flatten().all(flex::is_plain) {
+    let ([batch, heads, seq, head_dim], [_, _, keys, value_dim]) = (q.dims(), v.dims());
+    let per_head = [bias.alibi, bias.sinks].map(|x| x.map(Tensor::into_dispatch));
+    let bias = bias.bias.map(Tensor::into_dispatch);
+    let qkv = match per_head.iter().flatten().chain(&bias).all(flex::is_plain) {
         true => flex::plain([q, k, v].map(Tensor::into_dispatch)),
         false => Err([q, k, v].map(Tensor::into_dispatch)),
     };
@@ -96,6 +118,7 @@ pub fn attention(
         Ok(qkv) => {
             let [q, k, v] = qkv.map(flex::dense_rows);
             let [alibi, sinks] = per_head.map(|x| x.map(flex::inner).map(flex::contiguous));
+            let bias = bias.map(flex::inner).map(flex::dense_rows);
             let flash = Flash {
                 q: flex::view(&q),
                 k: flex::view(&k),
@@ -104,13 +127,19 @@ pub fn attention(
                 softcap: options.softcap.map(|cap| cap as f32),
                 sinks: sinks.as_ref().map(flex::values),
                 alibi: alibi.as_ref().map(flex::values),
+                bias: (bias.as_ref()).map(|bias| flex::view(bias).broadcast([batch, heads, seq, keys])),
                 visible: &mask.visible,
             };
             flex::tensor(flash.run(), [batch, seq, heads * value_dim])
         }
         Err(qkv) => {
             let [alibi, sinks] = per_head.map(|x| x.map(Tensor::from_dispatch));
-            reference(qkv.map(Tensor::from_dispatch), mask, alibi, sinks, options)
+            let bias = ScoreBias {
+                bias: bias.map(Tensor::from_dispatch),
+                alibi,
+                sinks,
+            };
+            reference(qkv.map(Tensor::from_dispatch), mask, bias, options)
                 .swap_dims(1, 2)
                 .reshape([batch, seq, heads * value_dim])
         }
@@ -120,8 +149,7 @@ pub fn attention(
 fn reference(
     [q, k, v]: [Tensor<4>; 3],
     mask: &Mask,
-    alibi: Option<Tensor<1>>,
-    sinks: Option<Tensor<1>>,
+    ScoreBias { bias, alibi, sinks }: ScoreBias,
     options: AttentionOptions,
 ) -> Tensor<4> {
     let device = q.device();
@@ -140,12 +168,16 @@ fn reference(
     let (k, v) = (for_each_head(k), for_each_head(v));
     // `slope · key` differs from `slope · (key − query)` by a constant per query, which softmax does not see.
     // Counted back from the newest key, which keeps the values small where it matters.
-    let bias = alibi.map(|slopes| {
+    let alibi = alibi.map(|slopes| {
         let distance = Tensor::arange(1 - keys as i64..1, &device)
             .float()
             .cast(q.dtype());
         slopes.reshape([1, heads, 1, 1]) * distance.reshape([1, 1, 1, keys])
     });
+    let bias = match (bias, alibi) {
+        (Some(bias), Some(alibi)) => Some(bias + alibi),
+        (bias, alibi) => bias.or(alibi),
+    };
     let mask = mask.explicit(seq, keys, &device);
     let options = AttentionModuleOptions {
         scale: options.scale,
@@ -168,8 +200,14 @@ fn reference(
         Tensor::cat(vec![x, zero], 2)
     };
     let bias = bias.unwrap_or_else(|| Tensor::zeros([1, heads, 1, keys], (&device, q.dtype())));
-    let bias = Tensor::cat(vec![bias, sinks.reshape([1, heads, 1, 1])], 3);
-    let bias = bias.expand([1, heads, seq, keys + 1]);
+    let [rows, ..] = bias.dims();
+    let bias = Tensor::cat(
+        vec![
+            bias.expand([rows, heads, seq, keys]),
+            sinks.reshape([1, heads, 1, 1]).expand([rows, heads, seq, 1]),
+        ],
+        3,
+    );
     let mask = match mask {
         Explicit::Nothing => None,
         Explicit::Causal => Some(causal(seq, keys, &device)),
@@ -203,14 +241,17 @@ mod tests {
 
     /// The keys that each query sees, as `[row][query]` texts of 1 and 0.
     fn seen(padding: Vec<usize>, window: Option<usize>, past: usize, seq: usize) -> Vec<String> {
-        let visible = Visible {
+        let visible = Visible::Causal {
             first_key: 0,
             first_query: past,
             window,
             padding,
         };
-        let keys = past + seq;
-        match explicit(&visible, seq, keys, &Device::flex()) {
+        seen_of(&visible, seq, past + seq)
+    }
+
+    fn seen_of(visible: &Visible, seq: usize, keys: usize) -> Vec<String> {
+        match explicit(visible, seq, keys, &Device::flex()) {
             Explicit::Nothing => vec!["all".to_string()],
             Explicit::Causal => vec!["causal".to_string()],
             Explicit::Hidden(hidden) => {
@@ -243,39 +284,103 @@ mod tests {
     }
 
     #[test]
+    fn masks_of_ranges() {
+        let seen = |tokens: &[std::ops::Range<usize>], reach, seq, keys| {
+            let tokens = tokens.to_vec();
+            seen_of(&Visible::Range { tokens, reach }, seq, keys)
+        };
+        assert_eq!(seen(&[0..3, 0..3], None, 3, 3), ["all"]);
+        assert_eq!(seen(&[0..2, 1..3], None, 2, 3), ["110", "110", "011", "011"]);
+        assert_eq!(seen(&[0..4], Some(1), 4, 4), ["1100", "1110", "0111", "0011"]);
+        // Padding sees the nearest token, or any where there is none.
+        assert_eq!(seen(&[0..1], Some(1), 4, 4), ["1000", "1000", "1000", "1000"]);
+        assert_eq!(seen(&[3..4], Some(1), 3, 4), ["0001", "0001", "0001"]);
+        assert_eq!(seen(&[0..0], None, 2, 2), ["10", "10"]);
+    }
+
+    #[test]
     fn like_the_reference() {
         for (seq, past) in [(1, 0), (1, 40), (2, 5), (33, 0), (7, 300)] {
             for (heads, kv_heads, dim, value_dim) in [(6, 2, 3, 5), (4, 4, 64, 64), (7, 1, 80, 80)] {
                 for (window, padding) in [(None, vec![0]), (Some(4), vec![0]), (None, vec![3, 0])] {
-                    for extras in [false, true] {
-                        let keys = past + seq;
-                        let mask = Mask::new(Visible {
-                            first_key: 2,
-                            first_query: 2 + past,
-                            window,
-                            padding: padding.clone(),
-                        });
+                    let keys = past + seq;
+                    let causal = Visible::Causal {
+                        first_key: 2,
+                        first_query: 2 + past,
+                        window,
+                        padding: padding.clone(),
+                    };
+                    let range = Visible::Range {
+                        tokens: padding.iter().map(|pad| keys.min(*pad)..keys).collect(),
+                        reach: window,
+                    };
+                    for (visible, extras) in
+                        [(&causal, false), (&causal, true), (&range, false), (&range, true)]
+                    {
+                        let mask = Mask::new(visible.clone());
                         // Views of larger buffers.
                         let q = noise(1, [2, seq, heads, dim]).swap_dims(1, 2);
                         let cached = |seed, dim| noise(seed, [2, kv_heads, keys + 9, dim]).narrow(2, 4, keys);
                         let qkv = || [q.clone(), cached(2, dim), cached(3, value_dim)];
-                        let per_head = extras.then(|| noise(4, [heads]));
+                        let with = |track: fn(Tensor<1>) -> Tensor<1>,
+                                    track_4: fn(Tensor<4>) -> Tensor<4>| {
+                            if !extras {
+                                return ScoreBias::default();
+                            }
+                            ScoreBias {
+                                // A row for every head and query, or for all of them.
+                                bias: Some(track_4(match past {
+                                    0 => noise(5, [2, heads, seq, keys]),
+                                    _ => noise(5, [1, 1, 1, keys]),
+                                })),
+                                // Slopes that grow with the distance would leave the precision to chance.
+                                alibi: Some(track(noise(4, [heads]).abs())),
+                                sinks: Some(track(noise(4, [heads]))),
+                            }
+                        };
                         let options = AttentionOptions {
                             scale: extras.then_some(0.4),
                             softcap: extras.then_some(2.0),
                         };
-                        let slow = attention(
-                            qkv().map(tracked),
-                            &mask,
-                            per_head.clone().map(tracked),
-                            per_head.clone().map(tracked),
-                            options,
-                        );
-                        let fast = attention(qkv(), &mask, per_head.clone(), per_head, options);
+                        let slow = attention(qkv().map(tracked), &mask, with(tracked, tracked), options);
+                        let fast = attention(qkv(), &mask, with(|x| x, |x| x), options);
                         assert!(worst(fast, slow) < 1e-5);
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn hidden_by_the_bias() {
+        let mask = Mask::new(Visible::Range {
+            tokens: vec![0..400],
+            reach: None,
+        });
+        let qkv = || [1, 2, 3].map(|seed| noise(seed, [1, 2, 400, 8]));
+        let mut bias = vec![0.0; 400 * 400];
+        for (query, row) in bias.chunks_mut(400).enumerate() {
+            // A whole block of keys, and every key of one query.
+            row[..300].fill(f32::NEG_INFINITY);
+            if query == 7 {
+                row.fill(f32::NEG_INFINITY);
+            }
+        }
+        let bias = ScoreBias {
+            bias: Some(Tensor::from_data(
+                TensorData::new(bias, [1, 1, 400, 400]),
+                &Device::flex(),
+            )),
+            ..ScoreBias::default()
+        };
+        let hidden = attention(qkv(), &mask, bias, AttentionOptions::default());
+        let range = Mask::new(Visible::Range {
+            tokens: vec![300..400],
+            reach: None,
+        });
+        let seen = attention(qkv(), &range, ScoreBias::default(), AttentionOptions::default());
+        assert!(worst(hidden.clone().narrow(1, 8, 392), seen.narrow(1, 8, 392)) < 1e-6);
+        let numbers = hidden.into_data();
+        assert!(numbers.iter::<f32>().all(f32::is_finite));
     }
 }

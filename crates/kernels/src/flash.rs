@@ -40,6 +40,18 @@ impl<'a> View<'a> {
         &self.values[start..start + self.dims[3]]
     }
 
+    /// The same values wherever a dimension of one is asked for in another size.
+    pub fn broadcast(mut self, dims: [usize; 4]) -> Self {
+        for (stride, dim) in self.strides.iter_mut().zip(self.dims) {
+            if dim == 1 {
+                *stride = 0;
+            }
+        }
+        // The row of numbers itself must have its whole length.
+        assert!((0..3).all(|i| self.dims[i] == 1 || self.dims[i] == dims[i]) && self.dims[3] == dims[3]);
+        Self { dims, ..self }
+    }
+
     /// All values from the row `rows.start` to the end of the last of `rows`.
     fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> &'a [f32] {
         let [a, b, c] = self.strides;
@@ -48,31 +60,63 @@ impl<'a> View<'a> {
     }
 }
 
-/// Which keys a query sees: those up to itself that are no padding and not beyond the window. A padding token
-/// sees itself only, so that there always is one.
+/// Which keys a query sees: always a range of them, and always one at least, so that every row of the result is
+/// made of numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Visible {
-    /// Position of the first key.
-    pub first_key: usize,
-    /// Position of the first query.
-    pub first_query: usize,
-    /// How many tokens a query sees, itself included.
-    pub window: Option<usize>,
-    /// Left padding of each sequence, or one for all.
-    pub padding: Vec<usize>,
+pub enum Visible {
+    /// Those up to itself that are no padding and not beyond the window. A padding token sees itself only.
+    Causal {
+        /// Position of the first key.
+        first_key: usize,
+        /// Position of the first query.
+        first_query: usize,
+        /// How many tokens a query sees, itself included.
+        window: Option<usize>,
+        /// Left padding of each sequence, or one for all.
+        padding: Vec<usize>,
+    },
+    /// Those of a range that each sequence has, before and after the query alike: encoders and cross-attention.
+    Range {
+        /// Where each sequence's real tokens lie among the keys, or one range for all.
+        tokens: Vec<Range<usize>>,
+        /// How far from its own place a query sees, to either side. A query that nothing is left for sees the
+        /// nearest token.
+        reach: Option<usize>,
+    },
 }
 
 impl Visible {
-    /// The keys that the `query`th query of the sequence `row` sees, counted from the first key.
+    /// The keys that the `query`th query of the sequence `row` sees, counted from the first key. Neither end
+    /// falls from one query to the next.
     pub fn keys(&self, row: usize, query: usize) -> Range<usize> {
-        let padding = self.padding.get(row).or(self.padding.first());
-        let query = self.first_query + query;
-        let reach = self.window.map_or(0, |window| (query + 1).saturating_sub(window));
-        let first = reach
-            .max(padding.copied().unwrap_or(0))
-            .max(self.first_key)
-            .min(query);
-        first - self.first_key..query + 1 - self.first_key
+        match self {
+            Self::Causal {
+                first_key,
+                first_query,
+                window,
+                padding,
+            } => {
+                let padding = padding.get(row).or(padding.first());
+                let query = first_query + query;
+                let reach = window.map_or(0, |window| (query + 1).saturating_sub(window));
+                let first = reach
+                    .max(padding.copied().unwrap_or(0))
+                    .max(*first_key)
+                    .min(query);
+                first - first_key..query + 1 - first_key
+            }
+            Self::Range { tokens, reach } => {
+                let tokens = tokens.get(row).or(tokens.first()).cloned().unwrap_or(0..1);
+                let reach = reach.unwrap_or(usize::MAX);
+                let start = tokens.start.max(query.saturating_sub(reach));
+                let end = tokens.end.min(query.saturating_add(reach).saturating_add(1));
+                if start < end {
+                    return start..end;
+                }
+                let nearest = start.min(tokens.end.saturating_sub(1));
+                nearest..nearest + 1
+            }
+        }
     }
 }
 
@@ -90,6 +134,8 @@ pub(crate) struct Flash<'a> {
     pub sinks: Option<&'a [f32]>,
     /// `[heads]`.
     pub alibi: Option<&'a [f32]>,
+    /// `[batch, heads, seq, keys]`.
+    pub bias: Option<View<'a>>,
     pub visible: &'a Visible,
 }
 
@@ -260,6 +306,13 @@ impl pulp::WithSimd for Piece<'_> {
                         *x = cap * math::tanh(*x / cap);
                     }
                 }
+                if let Some(bias) = f.bias {
+                    let (query, head) = (queries.start + row / cut.group, kv * cut.group + row % cut.group);
+                    let bias = &bias.row(b, head, query)[start + seen.start..];
+                    for (x, bias) in scores.iter_mut().zip(bias) {
+                        *x += bias;
+                    }
+                }
                 if let Some(slopes) = f.alibi {
                     let slope = slopes[kv * cut.group + row % cut.group];
                     // Counted back from the newest key, which keeps the values small where it matters.
@@ -268,7 +321,8 @@ impl pulp::WithSimd for Piece<'_> {
                         *x += slope * (first + i as f32);
                     }
                 }
-                let largest = math::max(scores).max(most[row]);
+                // A bias may be -∞ for a whole block; differences of such scores are no numbers.
+                let largest = math::max(scores).max(most[row]).max(f32::MIN);
                 let scale = math::exp(most[row] - largest);
                 total[row] = total[row] * scale + math::exp_sum(scores, largest);
                 if largest > most[row] {
@@ -596,6 +650,7 @@ mod tests {
                         let dot: f32 = q.iter().zip(f.k.row(b, kv, j)).map(|(q, k)| q * k).sum();
                         let x = dot * f.scale;
                         let x = f.softcap.map_or(x, |cap| cap * (x / cap).tanh());
+                        let x = x + f.bias.map_or(0.0, |bias| bias.row(b, h, i)[j]);
                         x + f
                             .alibi
                             .map_or(0.0, |slopes| slopes[h] * (j as f32 - (keys - 1) as f32))
@@ -616,13 +671,31 @@ mod tests {
         out
     }
 
+    /// Left padding and a window, as decoders have them.
     fn check(c: &Case, window: Option<usize>, padding: Vec<usize>, extras: bool) {
-        let keys = c.past + c.seq;
+        let visible = Visible::Causal {
+            first_key: 5,
+            first_query: 5 + c.past,
+            window,
+            padding,
+        };
+        check_visible(c, c.past + c.seq, &visible, extras);
+    }
+
+    fn check_visible(c: &Case, keys: usize, visible: &Visible, extras: bool) {
         let values = |seed, heads, rows, dim| noise(seed, c.batch * heads * rows * (dim + 1));
         let q = values(1, c.heads, c.seq, c.dim);
         let k = values(2, c.kv_heads, keys, c.dim);
         let v = values(3, c.kv_heads, keys, c.value_dim);
-        let per_head = noise(4, c.heads);
+        // Slopes that grow with the distance would leave the precision to chance.
+        let per_head: Vec<f32> = noise(4, c.heads).into_iter().map(f32::abs).collect();
+        // One row for all queries of a head.
+        let bias = noise(5, c.heads * keys);
+        let bias = View {
+            values: &bias,
+            dims: [c.batch, c.heads, c.seq, keys],
+            strides: [0, keys, 0],
+        };
         let flash = Flash {
             q: view(&q, [c.batch, c.heads, c.seq, c.dim]),
             k: view(&k, [c.batch, c.kv_heads, keys, c.dim]),
@@ -631,12 +704,8 @@ mod tests {
             softcap: extras.then_some(3.0),
             sinks: extras.then_some(&per_head),
             alibi: extras.then_some(&per_head),
-            visible: &Visible {
-                first_key: 5,
-                first_query: 5 + c.past,
-                window,
-                padding,
-            },
+            bias: extras.then_some(bias),
+            visible,
         };
         let worst = (flash.run().iter().zip(naive(&flash)))
             .map(|(a, b)| (a - b).abs())
@@ -680,5 +749,37 @@ mod tests {
         };
         check(&case, None, vec![0], false);
         check(&case, Some(100), vec![40], true);
+    }
+
+    #[test]
+    fn ranges() {
+        for (seq, keys) in [(1, 1), (1, 300), (7, 7), (7, 3), (2, 40), (33, 33), (150, 700)] {
+            for (heads, kv_heads) in [(3, 3), (6, 2)] {
+                let case = Case {
+                    batch: 2,
+                    heads,
+                    kv_heads,
+                    seq,
+                    past: 0,
+                    dim: 24,
+                    value_dim: 17,
+                };
+                // Whole, padded on either side, and one that is padding only.
+                for tokens in [
+                    vec![0..keys],
+                    vec![0..keys / 2, keys / 3..keys],
+                    vec![0..0, 0..keys],
+                ] {
+                    for reach in [None, Some(0), Some(2), Some(64)] {
+                        let visible = Visible::Range {
+                            tokens: tokens.clone(),
+                            reach,
+                        };
+                        check_visible(&case, keys, &visible, false);
+                        check_visible(&case, keys, &visible, true);
+                    }
+                }
+            }
+        }
     }
 }

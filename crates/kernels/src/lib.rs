@@ -18,7 +18,7 @@ mod testing;
 pub mod threads;
 
 pub use activation::Activation;
-pub use attention::{AttentionOptions, Mask, Visible, attention};
+pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
 pub use norm::{layer_norm, rms_norm};
 pub use packed::{PackedMatrix, packed_linear, packed_linears, packed_rows};
 pub use rotary::rotary;

@@ -1,8 +1,8 @@
-//! Multi-head attention with all that decoders vary in it.
+//! Multi-head attention with all that models vary in it.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use oxiformers_kernels::{AttentionOptions, attention};
+use oxiformers_kernels::{AttentionOptions, ScoreBias, attention};
 
 use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
 
@@ -29,7 +29,7 @@ pub struct AttentionConfig {
     pub scale: Option<f64>,
     /// Soft cap of the scores: `cap · tanh(score / cap)`.
     pub softcap: Option<f64>,
-    /// How many tokens a query sees, itself included.
+    /// How many tokens a query sees, itself included; in an encoder, half of them on either side.
     pub window: Option<usize>,
     /// Rotary embedding.
     pub rope: Option<Rope>,
@@ -134,7 +134,7 @@ impl PerHeadNorm {
     }
 }
 
-/// Multi-head attention over the cache.
+/// Multi-head attention over the cache, or of an encoder's tokens over each other.
 #[derive(Module, Debug)]
 pub struct Attention {
     qkv: Projection,
@@ -254,13 +254,16 @@ impl Attention {
         }
         let mask = cx.mask(c.window);
         let (k, v) = cx.update(k, v);
-        let sinks = self.sinks.as_ref().map(Param::val);
+        let bias = ScoreBias {
+            bias: cx.bias(),
+            alibi: self.alibi.clone(),
+            sinks: self.sinks.as_ref().map(Param::val),
+        };
         let options = AttentionOptions {
             scale: c.scale,
             softcap: c.softcap,
         };
-        self.o_proj
-            .forward(attention([q, k, v], &mask, self.alibi.clone(), sinks, options))
+        self.o_proj.forward(attention([q, k, v], &mask, bias, options))
     }
 
     /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`.

@@ -1,6 +1,7 @@
 //! What one forward pass knows besides the hidden states.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::rc::Rc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -11,25 +12,59 @@ use crate::rope::Rope;
 
 /// Positions, masks and rotary tables of one forward pass, built on demand and shared by all layers.
 pub struct Context<'a> {
-    cache: &'a mut Cache,
+    past: Past<'a>,
     device: Device,
     seq: usize,
     layer: usize,
+    bias: Option<Tensor<4>>,
     masks: HashMap<(Option<usize>, usize), Rc<Mask>>,
     ropes: HashMap<usize, (Tensor<4>, Tensor<4>)>,
+}
+
+/// What the tokens of a pass see besides each other.
+enum Past<'a> {
+    /// The tokens of earlier passes; no token sees a later one.
+    Cache(&'a mut Cache),
+    /// Nothing. All real tokens see each other; they lie at these places of each sequence.
+    None(Vec<Range<usize>>),
 }
 
 impl<'a> Context<'a> {
     /// A forward pass over `seq` tokens per sequence, appended to `cache`.
     pub fn new(cache: &'a mut Cache, seq: usize, device: Device) -> Self {
+        Self::with_past(Past::Cache(cache), seq, device)
+    }
+
+    /// A forward pass of an encoder over `seq` tokens per sequence, which see each other in both directions.
+    /// `tokens` says where the real ones lie, sequence by sequence, or for all at once; what is not among them
+    /// is padding, which nobody sees.
+    pub fn bidirectional(tokens: Vec<Range<usize>>, seq: usize, device: Device) -> Self {
+        let clamp = |range: Range<usize>| range.start.min(seq)..range.end.min(seq);
+        let tokens = tokens.into_iter().map(clamp).collect();
+        Self::with_past(Past::None(tokens), seq, device)
+    }
+
+    fn with_past(past: Past<'a>, seq: usize, device: Device) -> Self {
         Self {
-            cache,
+            past,
             device,
             seq,
             layer: 0,
+            bias: None,
             masks: HashMap::new(),
             ropes: HashMap::new(),
         }
+    }
+
+    /// Adds `bias` `[1 or batch, 1 or heads, 1 or seq, keys]` to the scores of all attention layers that run from
+    /// now on, as models with relative positions do.
+    pub fn set_bias(&mut self, bias: Option<Tensor<4>>) {
+        self.bias = bias;
+    }
+
+    /// See [`set_bias`](Self::set_bias).
+    pub fn bias(&self) -> Option<Tensor<4>> {
+        self.bias.clone()
     }
 
     /// Says which layer runs next.
@@ -44,7 +79,10 @@ impl<'a> Context<'a> {
 
     /// Number of tokens before this pass.
     pub fn past(&self) -> usize {
-        self.cache.len()
+        match &self.past {
+            Past::Cache(cache) => cache.len(),
+            Past::None(_) => 0,
+        }
     }
 
     /// Number of tokens in this pass.
@@ -57,7 +95,8 @@ impl<'a> Context<'a> {
         &self.device
     }
 
-    /// Positions `[batch or 1][seq]` counted from each sequence's first real token; 0 within the padding.
+    /// Positions `[batch or 1][seq]`: after a cache, counted from each sequence's first real token, 0 within the
+    /// padding; in an encoder, from the first token, whatever it is.
     pub fn positions(&self) -> Vec<Vec<usize>> {
         let range = self.past()..self.past() + self.seq;
         let row = |pad: usize| {
@@ -66,7 +105,10 @@ impl<'a> Context<'a> {
                 .map(|position| position.saturating_sub(pad))
                 .collect()
         };
-        let padding = self.cache.padding();
+        let Past::Cache(cache) = &self.past else {
+            return vec![row(0)];
+        };
+        let padding = cache.padding();
         match padding.first() {
             Some(first) if padding.iter().any(|pad| pad != first) => {
                 padding.iter().map(|p| row(*p)).collect()
@@ -92,29 +134,49 @@ impl<'a> Context<'a> {
         if let Some(found) = self.ropes.get(&rope.key()) {
             return found.clone();
         }
-        if let Some(most) = rope.switch() {
-            self.cache.set_rope_switch(most);
-        }
-        let tables = rope.tables(&self.positions(), self.cache.context(), &self.device);
+        let context = match &mut self.past {
+            Past::Cache(cache) => {
+                if let Some(most) = rope.switch() {
+                    cache.set_rope_switch(most);
+                }
+                cache.context()
+            }
+            Past::None(_) => self.seq,
+        };
+        let tables = rope.tables(&self.positions(), context, &self.device);
         self.ropes.insert(rope.key(), tables.clone());
         tables
     }
 
     /// Appends to the running layer's cache; returns all keys and values that may be seen.
     pub fn update(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let layer = self.layer;
-        self.cache.layer(layer).update(keys, values)
+        match &mut self.past {
+            Past::Cache(cache) => cache.layer(self.layer).update(keys, values),
+            Past::None(_) => (keys, values),
+        }
     }
 
     /// The mask of the running layer. Ask before [`update`](Self::update).
-    pub(crate) fn mask(&mut self, window: Option<usize>) -> Rc<Mask> {
-        let first_key = self.cache.start_after(self.layer, self.seq);
+    ///
+    /// `window` is how many tokens a query sees: itself and those before it, or in an encoder itself and half of
+    /// them on either side.
+    pub fn mask(&mut self, window: Option<usize>) -> Rc<Mask> {
+        let first_key = match &self.past {
+            Past::Cache(cache) => cache.start_after(self.layer, self.seq),
+            Past::None(_) => 0,
+        };
         let mask = self.masks.entry((window, first_key)).or_insert_with(|| {
-            Rc::new(Mask::new(Visible {
-                first_key,
-                first_query: self.cache.len(),
-                window,
-                padding: self.cache.padding().to_vec(),
+            Rc::new(Mask::new(match &self.past {
+                Past::Cache(cache) => Visible::Causal {
+                    first_key,
+                    first_query: cache.len(),
+                    window,
+                    padding: cache.padding().to_vec(),
+                },
+                Past::None(tokens) => Visible::Range {
+                    tokens: tokens.clone(),
+                    reach: window.map(|window| window / 2),
+                },
             }))
         });
         mask.clone()
@@ -138,5 +200,7 @@ mod tests {
             Context::new(&mut cache, 3, Device::flex()).positions(),
             [[0, 0, 1]]
         );
+        let encoder = Context::bidirectional(vec![0..3, 1..9], 4, Device::flex());
+        assert_eq!(encoder.positions(), [[0, 1, 2, 3]]);
     }
 }

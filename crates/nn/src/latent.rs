@@ -3,7 +3,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use oxiformers_kernels::{AttentionOptions, attention};
+use oxiformers_kernels::{AttentionOptions, ScoreBias, attention};
 
 use crate::attention::{MAX_HEAD_DIM, MAX_HEADS};
 use crate::{Context, Error, Linear, Result, RmsNorm, Rope, Weights};
@@ -124,6 +124,6 @@ impl LatentAttention {
             softcap: None,
         };
         self.o_proj
-            .forward(attention([q, k, v], &mask, None, None, options))
+            .forward(attention([q, k, v], &mask, ScoreBias::default(), options))
     }
 }

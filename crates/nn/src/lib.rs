@@ -27,6 +27,7 @@ pub use error::{Error, Result};
 pub use linear::Linear;
 pub use mlp::{GatedMlp, Mlp};
 pub use norm::{LayerNorm, Norm, RmsNorm};
-pub use oxiformers_kernels::Activation;
+pub use oxiformers_kernels::attention::attention as attend;
+pub use oxiformers_kernels::{Activation, AttentionOptions, Mask, ScoreBias, Visible};
 pub use rope::{Rope, RopeParameters, RopeSettings};
 pub use weights::{Init, LoadOptions, TensorSource, Weights};
