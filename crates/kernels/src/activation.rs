@@ -46,14 +46,16 @@ impl Activation {
     pub fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
         match flex::plain([x.into_dispatch()]) {
             Ok([x]) => flex::wrap(flex::change(x, 1, |_, x| {
-                pulp::Arch::new().dispatch(Apply {
-                    act: self,
-                    x,
-                    up: None,
-                });
+                self.apply(x);
             })),
             Err([x]) => self.reference(Tensor::from_dispatch(x)),
         }
+    }
+
+    /// Applies the function to every value.
+    pub(crate) fn apply(self, x: &mut [f32]) {
+        let up = None;
+        pulp::Arch::new().dispatch(Apply { act: self, x, up });
     }
 
     /// `act(gate) · up`, both of one shape (Shazeer, 2020).
@@ -95,10 +97,10 @@ impl Activation {
 }
 
 /// `x = act(x) · up`.
-struct Apply<'a> {
-    act: Activation,
-    x: &'a mut [f32],
-    up: Option<&'a [f32]>,
+pub(crate) struct Apply<'a> {
+    pub act: Activation,
+    pub x: &'a mut [f32],
+    pub up: Option<&'a [f32]>,
 }
 
 impl pulp::WithSimd for Apply<'_> {

@@ -5,10 +5,12 @@
 
 pub mod activation;
 pub mod attention;
+pub mod dense;
 mod flash;
 mod flex;
 pub mod ggml;
 pub mod int8;
+pub mod linear;
 mod math;
 pub mod norm;
 pub mod packed;
@@ -19,6 +21,7 @@ pub mod threads;
 
 pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
+pub use linear::{Weight, linear, linears};
 pub use norm::{layer_norm, rms_norm};
-pub use packed::{PackedMatrix, packed_linear, packed_linears, packed_rows};
+pub use packed::{PackedMatrix, packed_rows};
 pub use rotary::rotary;

@@ -1,4 +1,4 @@
-//! Multiplication with weights that stay packed in memory.
+//! Weights that stay packed in memory.
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Int, Shape, Tensor, TensorData};
 
-use crate::flex;
-use crate::int8::{self, Activations, Int8Matrix};
+use crate::dense::DenseMatrix;
+use crate::int8::Int8Matrix;
 use crate::threads::{for_each, pieces};
 
 /// A weight matrix `[out_features, in_features]` kept in its storage format.
@@ -31,66 +31,11 @@ pub trait PackedMatrix: Debug + Send + Sync {
     fn int8(&self) -> Option<&Int8Matrix> {
         None
     }
-}
 
-/// `x · Wᵀ` for `x` of shape `[.., in_features]` on the CPU; the result is `[.., out_features]`.
-///
-/// Where the weights have an [integer form](PackedMatrix::int8), activations are quantized to it. Otherwise the
-/// weights are widened tile by tile into a scratch buffer that stays in the cache. Either way memory is read
-/// once in its packed form.
-pub fn packed_linear<const D: usize>(x: Tensor<D>, weight: &Arc<dyn PackedMatrix>) -> Tensor<D> {
-    let [y] = packed_linears(x, [weight]);
-    y
-}
-
-/// [`packed_linear`] with several matrices and the same `x`, at once.
-pub fn packed_linears<const D: usize, const N: usize>(
-    x: Tensor<D>,
-    weights: [&Arc<dyn PackedMatrix>; N],
-) -> [Tensor<D>; N] {
-    let x = match flex::unwrap(x) {
-        Ok(x) => x.to_contiguous(),
-        Err(x) => return weights.map(|weight| dense_linear(x.clone(), weight.as_ref())),
-    };
-    let mut dims: [usize; D] = std::array::from_fn(|axis| x.layout().shape()[axis]);
-    let in_features = dims[D - 1];
-    let (start, len) = (x.layout().start_offset(), x.layout().num_elements());
-    let values = &x.storage::<f32>()[start..start + len];
-    let rows = len / in_features.max(1);
-    let mut outs = weights.map(|weight| vec![0.0f32; rows * weight.shape()[0]]);
-    let int8: Vec<&Int8Matrix> = weights.iter().filter_map(|weight| weight.int8()).collect();
-    if int8.len() == N {
-        int8::matmul(&Activations::quantize(values, in_features), &int8, &mut outs);
-    } else {
-        for (weight, out) in weights.iter().zip(&mut outs) {
-            match weight.int8() {
-                Some(matrix) => {
-                    let x = Activations::quantize(values, in_features);
-                    int8::matmul(&x, &[matrix], std::slice::from_mut(out));
-                }
-                None => matmul_transposed(values, weight.as_ref(), out),
-            }
-        }
+    /// The form that float kernels take, if the scheme is made of floats.
+    fn dense(&self) -> Option<&DenseMatrix> {
+        None
     }
-    let mut widths = weights.iter().map(|weight| weight.shape()[0]);
-    outs.map(|out| {
-        dims[D - 1] = widths.next().unwrap_or(0);
-        flex::tensor(out, dims)
-    })
-}
-
-/// The same of tensor operations, with widened weights on the device of `x`.
-fn dense_linear<const D: usize>(x: Tensor<D>, weight: &dyn PackedMatrix) -> Tensor<D> {
-    let [out_features, in_features] = weight.shape();
-    let mut values = vec![0.0f32; out_features * in_features];
-    weight.dequantize_rows(0..out_features, &mut values);
-    let values = TensorData::new(values, [out_features, in_features]).convert_dtype(x.dtype());
-    let weight = Tensor::<2>::from_data(values, (&x.device(), x.dtype()));
-    let mut dims = x.dims();
-    let rows = dims.iter().product::<usize>() / in_features.max(1);
-    let y = x.reshape([rows, in_features]).matmul(weight.transpose());
-    dims[D - 1] = out_features;
-    y.reshape(dims)
 }
 
 /// The rows `ids` `[n]` of a packed matrix, widened: `[n, in_features]`. An id outside of the matrix gives zeros.
@@ -115,7 +60,7 @@ pub fn packed_rows(ids: Tensor<1, Int>, weight: &Arc<dyn PackedMatrix>) -> Tenso
 const TILE_ROWS: usize = 16;
 
 /// `out[b, o] = Σᵢ x[b, i] · W[o, i]` with `x` `[batch, in_features]`, row-major.
-pub fn matmul_transposed(x: &[f32], weight: &dyn PackedMatrix, out: &mut [f32]) {
+pub(crate) fn matmul_transposed(x: &[f32], weight: &dyn PackedMatrix, out: &mut [f32]) {
     let [out_features, in_features] = weight.shape();
     if in_features == 0 || out_features == 0 || x.is_empty() {
         return;

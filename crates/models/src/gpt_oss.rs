@@ -152,7 +152,7 @@ impl Experts {
     /// The experts' answers to `x` `[tokens, hidden]`, mixed by `weights` `[tokens, experts]`.
     pub fn forward(&self, x: Tensor<2>, weights: Tensor<2>) -> Tensor<2> {
         let linear = |x: Tensor<2>, weight: &Matrix, bias: &Param<Tensor<2>>, e: usize| {
-            weight.linear(x) + bias.val().narrow(0, e, 1)
+            weight.linear(x, Some(bias.val().narrow(0, e, 1).squeeze_dim(0)))
         };
         mix_experts(x, weights, |e, x| {
             let gate = linear(x.clone(), &self.gate[e], &self.gate_bias, e).clamp_max(self.limit);

@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
-use oxiformers_kernels::{PackedMatrix, packed_linear, packed_linears};
+use burn::tensor::{Device, Tensor};
+use oxiformers_kernels::{Activation, PackedMatrix, Weight, linear, linears};
 
 use crate::{Error, Init, Result, Weights};
 
@@ -45,20 +45,18 @@ impl Matrix {
         }
     }
 
-    /// `x · Wᵀ`: `[.., in_features]` to `[.., out_features]`.
-    pub fn linear<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+    /// What a product reads.
+    fn weight(&self) -> Weight {
         match (&self.packed, &self.dense) {
-            (Some(packed), _) => packed_linear(x, packed),
-            (None, Some(dense)) => {
-                let mut dims = x.dims();
-                let [out_features, in_features] = dense.val().dims();
-                let rows = dims.iter().product::<usize>() / in_features.max(1);
-                let y = x.reshape([rows, in_features]).matmul(dense.val().transpose());
-                dims[D - 1] = out_features;
-                y.reshape(dims)
-            }
-            (None, None) => x,
+            (Some(packed), _) => Weight::Packed(packed.clone()),
+            (None, Some(dense)) => Weight::Dense(dense.val()),
+            (None, None) => Weight::Dense(Tensor::zeros([0, 0], &Device::flex())),
         }
+    }
+
+    /// `x · Wᵀ + bias`: `[.., in_features]` to `[.., out_features]`.
+    pub fn linear<const D: usize>(&self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
+        linear(x, (self.weight(), bias), None)
     }
 
     /// The rows `ids` as a dense tensor `[ids.len(), in_features]`.
@@ -107,27 +105,25 @@ impl Linear {
 
     /// `[.., in_features]` to `[.., out_features]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let y = self.weight.linear(x);
-        match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
-            None => y,
-        }
+        self.apply(x, None)
+    }
+
+    /// The same with an activation function applied to the result.
+    pub fn forward_act<const D: usize>(&self, x: Tensor<D>, act: Activation) -> Tensor<D> {
+        self.apply(x, Some(act))
+    }
+
+    fn apply<const D: usize>(&self, x: Tensor<D>, act: Option<Activation>) -> Tensor<D> {
+        linear(x, self.operand(), act)
     }
 
     /// Several layers over the same input, at once where their weights allow it.
     pub fn forward_all<const D: usize, const N: usize>(layers: [&Self; N], x: Tensor<D>) -> [Tensor<D>; N] {
-        let packed: Vec<_> = layers
-            .iter()
-            .filter_map(|layer| layer.weight.packed.as_ref())
-            .collect();
-        let Ok(packed) = <[_; N]>::try_from(packed) else {
-            return layers.map(|layer| layer.forward(x.clone()));
-        };
-        let mut layers = layers.into_iter();
-        packed_linears(x, packed).map(|y| match layers.next().and_then(|layer| layer.bias.as_ref()) {
-            Some(bias) => y + bias.val().unsqueeze(),
-            None => y,
-        })
+        linears(x, layers.map(Self::operand), None)
+    }
+
+    fn operand(&self) -> (Weight, Option<Tensor<1>>) {
+        (self.weight.weight(), self.bias.as_ref().map(Param::val))
     }
 
     /// Number of output features.

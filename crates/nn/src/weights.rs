@@ -193,14 +193,23 @@ impl Weights {
         {
             return self.matrix(name, [out_features, in_features]);
         }
-        let values = self.param::<2>(name, [in_features, out_features], Init::Normal)?;
-        let (id, tensor) = (values.id, values.val());
+        let full = self.full(name);
+        let Some(view) = self.take(&full, &[in_features, out_features])? else {
+            let fresh = self.fresh([out_features, in_features], Init::Normal);
+            return Ok(Matrix::dense(self.register(full, fresh)));
+        };
         // Copied once into the order that the multiplication reads.
-        let data = tensor.transpose().into_data();
-        Ok(Matrix::dense(Param::initialized(
-            id,
-            Tensor::from_data(data, self.device()),
-        )))
+        let data = self.dense::<2>(&full, &view)?.transpose().into_data();
+        if self.packs() {
+            let values = TensorView {
+                dtype: DType::F32,
+                shape: vec![out_features, in_features],
+                data: data.bytes().to_vec().into(),
+            };
+            return self.matrix_from(full, values);
+        }
+        let tensor = Tensor::from_data(data, self.device());
+        Ok(Matrix::dense(self.register(full, tensor)))
     }
 
     /// `shape[0]` matrices `[shape[1], shape[2]]` that are stored as one tensor.
@@ -346,12 +355,18 @@ impl Weights {
     }
 
     fn matrix_from(&self, full: String, view: TensorView) -> Result<Matrix> {
-        let stays_packed = self.shared.options.dtype.is_none() && *self.device() == Device::flex();
-        if let Some(packed) = oxiformers_quant::pack(&view).filter(|_| stays_packed) {
+        if self.packs()
+            && let Some(packed) = oxiformers_quant::pack(&view)
+        {
             return Ok(Matrix::packed(packed));
         }
         let tensor = self.dense(&full, &view)?;
         Ok(Matrix::dense(self.register(full, tensor)))
+    }
+
+    /// Whether matrices are kept in a form that products on the CPU read.
+    fn packs(&self) -> bool {
+        self.shared.options.dtype.is_none() && *self.device() == Device::flex()
     }
 
     fn dense<const D: usize>(&self, name: &str, view: &TensorView) -> Result<Tensor<D>> {

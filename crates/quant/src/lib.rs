@@ -6,20 +6,17 @@ use std::sync::Arc;
 use oxiformers_hub::checkpoint::{DType, TensorView};
 pub use oxiformers_kernels::PackedMatrix;
 
+pub mod float;
 pub mod ggml;
-pub mod half;
 
-/// Keeps a stored matrix `[out_features, in_features]` in its storage format, or `None` where the format
-/// is plain f32 or cannot be multiplied with row by row.
+/// Keeps a stored matrix `[out_features, in_features]` in its storage format, or `None` where that is no format that
+/// can be multiplied with.
 pub fn pack(view: &TensorView) -> Option<Arc<dyn PackedMatrix>> {
     let [out_features, in_features] = <[usize; 2]>::try_from(view.shape.as_slice()).ok()?;
     match view.dtype {
         DType::Ggml(ty) => ggml::GgmlMatrix::new(ty, [out_features, in_features], view.data.clone())
             .map(|matrix| Arc::new(matrix) as _),
-        DType::F16 | DType::BF16 => {
-            half::HalfMatrix::new(view.dtype, [out_features, in_features], view.data.clone())
-                .map(|matrix| Arc::new(matrix) as _)
-        }
-        _ => None,
+        dtype => float::FloatMatrix::new(dtype, [out_features, in_features], view.data.clone())
+            .map(|matrix| Arc::new(matrix) as _),
     }
 }

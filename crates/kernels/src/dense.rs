@@ -1,0 +1,1151 @@
+//! Dense weights times rows of f32: `x · Wᵀ`, with bias and activation on the way out.
+//!
+//! Weights that stay are regrouped once, into panels of 16 rows with the values of a column side by side, in f32
+//! or in 16 bits that are widened as they are read. A product walks over the panels: some rows of `x` times one or
+//! two panels are summed up in registers, and nothing runs across lanes (Goto and van de Geijn, 2008). Weights that
+//! change, as in training, are multiplied as they lie, or regrouped piece by piece where there are many rows.
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+
+use crate::activation::{self, Activation};
+use crate::threads::{for_each, num_threads, pieces};
+
+/// Rows of weights in a panel.
+const PANEL: usize = 16;
+/// Columns that are multiplied at a time: this much of a few rows of `x` stays in the nearest cache.
+const COLUMNS: usize = 384;
+/// From a row of copied `x` to the next one: not a power of two, so that rows do not share cache lines.
+const STRIDE: usize = COLUMNS + 16;
+/// Rows of `x` that a task takes.
+const ROWS: usize = 112;
+/// Multiplications below which nothing is handed to another thread.
+const SMALL: usize = 1 << 16;
+/// Up to so many rows of `x`, 16-bit weights are widened in registers.
+const FEW: usize = 4;
+/// Up to so many rows of `x`, weights that were not regrouped are multiplied as they lie.
+const AS_THEY_LIE: usize = 16;
+
+/// How the values of a [`DenseMatrix`] are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// 32 bits.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of 32 bits.
+    Bf16,
+}
+
+impl Float {
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+}
+
+/// A matrix `[rows, cols]` regrouped for products.
+pub struct DenseMatrix {
+    rows: usize,
+    cols: usize,
+    float: Float,
+    /// Panels `[cols, PANEL]`, in the processor's byte order. Starts at `start`, a multiple of 64 as an address.
+    data: Vec<u8>,
+    start: usize,
+}
+
+impl std::fmt::Debug for DenseMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DenseMatrix({} x {}, {:?})", self.rows, self.cols, self.float)
+    }
+}
+
+impl DenseMatrix {
+    /// Regroups row-major little-endian values, whose number the caller has checked; `done` is told what has been
+    /// read and is not needed any more.
+    pub fn pack(float: Float, rows: usize, cols: usize, bytes: &[u8], done: &(dyn Fn(&[u8]) + Sync)) -> Self {
+        let panel_bytes = cols * PANEL * float.bytes();
+        let panels = rows.div_ceil(PANEL);
+        let data = vec![0u8; panels * panel_bytes + 63];
+        let start = data.as_ptr().align_offset(64).min(63);
+        let mut matrix = Self {
+            rows,
+            cols,
+            float,
+            data,
+            start,
+        };
+        let row_bytes = cols * float.bytes();
+        let to = Out(matrix.data[start..].as_mut_ptr());
+        let (count, size) = pieces(panels, 4);
+        for_each(count, |piece| {
+            for panel in piece * size..panels.min((piece + 1) * size) {
+                let rows = panel * PANEL..rows.min((panel + 1) * PANEL);
+                // SAFETY: panels are disjoint, and each task has its own.
+                let to = unsafe { std::slice::from_raw_parts_mut(to.at(panel * panel_bytes), panel_bytes) };
+                let from = &bytes[rows.start * row_bytes..rows.end * row_bytes];
+                match float {
+                    Float::F32 => regroup(from, row_bytes, to, |b| u32::from_le_bytes(b).to_ne_bytes()),
+                    _ => regroup(from, row_bytes, to, |b| u16::from_le_bytes(b).to_ne_bytes()),
+                }
+            }
+            let rows = piece * size * PANEL..rows.min((piece + 1) * size * PANEL);
+            done(&bytes[rows.start * row_bytes..rows.end * row_bytes]);
+        });
+        matrix
+    }
+
+    /// `[out_features, in_features]`.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    /// Bytes held in memory.
+    pub fn num_bytes(&self) -> usize {
+        self.data.len()
+    }
+}
+
+/// Puts the elements of a column of up to `PANEL` rows side by side.
+fn regroup<const N: usize>(from: &[u8], row_bytes: usize, to: &mut [u8], each: impl Fn([u8; N]) -> [u8; N]) {
+    let to = to.as_chunks_mut::<N>().0;
+    for (lane, row) in from.chunks_exact(row_bytes.max(1)).enumerate() {
+        let column = to[lane..].iter_mut().step_by(PANEL);
+        for (to, from) in column.zip(row.as_chunks::<N>().0) {
+            *to = each(*from);
+        }
+    }
+}
+
+/// A matrix `[rows, cols]` of a product.
+#[derive(Clone, Copy)]
+pub enum Weight<'a> {
+    /// Regrouped.
+    Packed(&'a DenseMatrix),
+    /// Row-major values, and the numbers of rows and columns.
+    Plain(&'a [f32], [usize; 2]),
+}
+
+impl Weight<'_> {
+    /// `[out_features, in_features]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Packed(matrix) => matrix.shape(),
+            Self::Plain(_, shape) => *shape,
+        }
+    }
+}
+
+/// One result of a product.
+pub struct Product<'a> {
+    /// `[out_features, in_features]`.
+    pub weight: Weight<'a>,
+    /// `[out_features]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[batch, out_features]`, overwritten.
+    pub out: &'a mut [f32],
+}
+
+/// `act(x · Wᵀ + bias)` of `x` `[batch, in_features]` for several weights of the same `in_features`.
+pub fn matmul(x: &[f32], in_features: usize, products: Vec<Product>, act: Option<Activation>) {
+    let batch = x.len() / in_features.max(1);
+    let products: Vec<_> = products.into_iter().map(Shared::from).collect();
+    // Rows in equal blocks, and so many pairs of panels a task that all threads have some.
+    let blocks = batch.div_ceil(ROWS).max(1);
+    let rows = batch.div_ceil(blocks);
+    let pairs: usize = products.iter().map(Shared::pairs).sum();
+    let work = batch * in_features * pairs * 2 * PANEL;
+    let chunks = match work {
+        ..SMALL => 1,
+        _ => (4 * num_threads()).div_ceil(blocks).clamp(1, pairs.max(1)),
+    };
+    let size = pairs.div_ceil(chunks).max(1);
+    let chunks = pairs.div_ceil(size);
+    let task = |index: usize| {
+        let (block, chunk) = (index / chunks, index % chunks);
+        let rows = block * rows..batch.min((block + 1) * rows);
+        let mut first = 0;
+        for product in &products {
+            let count = product.pairs();
+            let own = (chunk * size).max(first)..((chunk + 1) * size).min(first + count);
+            if !own.is_empty() && !rows.is_empty() {
+                let task = Task {
+                    x: &x[rows.start * in_features..rows.end * in_features],
+                    product,
+                    first_row: rows.start,
+                    panels: 2 * (own.start - first)..2 * (own.end - first),
+                    act,
+                };
+                task.run();
+            }
+            first += count;
+        }
+    };
+    if work < SMALL {
+        (0..blocks * chunks).for_each(task);
+    } else {
+        for_each(blocks * chunks, task);
+    }
+}
+
+/// A product whose result several tasks write.
+struct Shared<'a> {
+    weight: Weight<'a>,
+    bias: Option<&'a [f32]>,
+    out: Out<f32>,
+}
+
+impl<'a> From<Product<'a>> for Shared<'a> {
+    fn from(product: Product<'a>) -> Self {
+        Self {
+            weight: product.weight,
+            bias: product.bias,
+            out: Out(product.out.as_mut_ptr()),
+        }
+    }
+}
+
+impl Shared<'_> {
+    /// Pairs of panels, the last of which may be half empty.
+    fn pairs(&self) -> usize {
+        self.weight.shape()[0].div_ceil(2 * PANEL)
+    }
+}
+
+/// Where tasks write, each its own elements.
+struct Out<T>(*mut T);
+
+impl<T> Out<T> {
+    fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
+}
+
+// SAFETY: every task writes elements that no other one reads or writes.
+unsafe impl<T> Sync for Out<T> {}
+
+thread_local! {
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Some rows of `x` times some panels.
+struct Task<'a> {
+    x: &'a [f32],
+    product: &'a Shared<'a>,
+    /// The row of the result that the first row of `x` makes.
+    first_row: usize,
+    panels: Range<usize>,
+    act: Option<Activation>,
+}
+
+impl Task<'_> {
+    fn run(&self) {
+        let [out_features, in_features] = self.product.weight.shape();
+        let rows = self.x.len() / in_features.max(1);
+        let outputs = self.panels.start * PANEL..out_features.min(self.panels.end * PANEL);
+        match self.product.weight {
+            Weight::Plain(values, _) if rows <= AS_THEY_LIE => pulp::Arch::new().dispatch(AsTheyLie {
+                task: self,
+                values,
+                outputs: outputs.clone(),
+            }),
+            _ => self.by_panels(rows, outputs.clone()),
+        }
+        pulp::Arch::new().dispatch(Finish {
+            task: self,
+            rows,
+            outputs,
+        });
+    }
+
+    fn by_panels(&self, rows: usize, outputs: Range<usize>) {
+        let [out_features, in_features] = self.product.weight.shape();
+        let kernels = kernels();
+        let mut scratch = SCRATCH.take();
+        scratch.resize(scratch.len().max(rows * STRIDE + 2 * PANEL * COLUMNS), 0.0);
+        let (x, panel) = scratch.split_at_mut(rows * STRIDE);
+        let pieces = in_features.div_ceil(COLUMNS).max(1);
+        let width = in_features.div_ceil(pieces);
+        for piece in 0..pieces {
+            let columns = piece * width..in_features.min((piece + 1) * width);
+            for (to, from) in x
+                .chunks_exact_mut(STRIDE)
+                .zip(self.x.chunks_exact(in_features.max(1)))
+            {
+                to[..columns.len()].copy_from_slice(&from[columns.clone()]);
+            }
+            for first in outputs.clone().step_by(2 * PANEL) {
+                let outputs = first..outputs.end.min(first + 2 * PANEL);
+                let (weights, stride, float) = self.weights(kernels, &outputs, &columns, rows, panel);
+                let part = Part {
+                    weights,
+                    stride,
+                    columns: columns.len(),
+                    outputs: outputs.len(),
+                    x: x.as_ptr(),
+                    rows,
+                    add: piece > 0,
+                    out: self.product.out.at(self.first_row * out_features + outputs.start),
+                    out_stride: out_features,
+                };
+                // SAFETY: everything is as the fields say, and this task alone writes the outputs of its rows.
+                unsafe { part.run(kernels, float) };
+            }
+        }
+        SCRATCH.set(scratch);
+    }
+
+    /// The `columns` of the one or two panels of `outputs`: where they are, how many bytes lie between two panels,
+    /// and how the values are held. What is not regrouped in f32 already is so in `scratch`, but for few rows.
+    fn weights(
+        &self,
+        kernels: &Kernels,
+        outputs: &Range<usize>,
+        columns: &Range<usize>,
+        rows: usize,
+        scratch: &mut [f32],
+    ) -> (*const u8, usize, Float) {
+        let panels = outputs.start / PANEL..outputs.end.div_ceil(PANEL);
+        let stride = PANEL * COLUMNS;
+        match self.product.weight {
+            Weight::Packed(matrix) => {
+                let float = matrix.float;
+                let panel_bytes = matrix.cols * PANEL * float.bytes();
+                let data = &matrix.data[matrix.start + columns.start * PANEL * float.bytes()..];
+                if float == Float::F32 || rows <= FEW {
+                    return (data[panels.start * panel_bytes..].as_ptr(), panel_bytes, float);
+                }
+                for (panel, to) in panels.zip(scratch.chunks_exact_mut(stride)) {
+                    let from = &data[panel * panel_bytes..][..columns.len() * PANEL * float.bytes()];
+                    // SAFETY: both have the columns.
+                    unsafe { kernels.widen(float)(from.as_ptr(), to.as_mut_ptr(), columns.len()) };
+                }
+            }
+            Weight::Plain(values, [out_features, in_features]) => {
+                for (panel, to) in panels.zip(scratch.chunks_exact_mut(stride)) {
+                    let rows = panel * PANEL..out_features.min((panel + 1) * PANEL);
+                    to[..columns.len() * PANEL].fill(0.0);
+                    for (lane, row) in rows.enumerate() {
+                        let from = &values[row * in_features..][columns.clone()];
+                        for (to, from) in to[lane..].iter_mut().step_by(PANEL).zip(from) {
+                            *to = *from;
+                        }
+                    }
+                }
+            }
+        }
+        (scratch.as_ptr().cast(), 4 * stride, Float::F32)
+    }
+}
+
+/// Few rows times weights that are read once and not moved.
+struct AsTheyLie<'a> {
+    task: &'a Task<'a>,
+    values: &'a [f32],
+    outputs: Range<usize>,
+}
+
+impl WithSimd for AsTheyLie<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (task, values) = (self.task, self.values);
+        let [out_features, in_features] = task.product.weight.shape();
+        for (index, x) in task.x.chunks(4 * in_features.max(1)).enumerate() {
+            let out = task.product.out.at((task.first_row + 4 * index) * out_features);
+            let outputs = self.outputs.clone();
+            // SAFETY: this task alone writes these outputs of its rows.
+            unsafe {
+                match x.len() / in_features {
+                    1 => dots::<S, 1>(simd, x, values, in_features, outputs, out, out_features),
+                    2 => dots::<S, 2>(simd, x, values, in_features, outputs, out, out_features),
+                    3 => dots::<S, 3>(simd, x, values, in_features, outputs, out, out_features),
+                    _ => dots::<S, 4>(simd, x, values, in_features, outputs, out, out_features),
+                }
+            }
+        }
+    }
+}
+
+/// Adds the bias and applies the activation to the sums of a task.
+struct Finish<'a> {
+    task: &'a Task<'a>,
+    rows: usize,
+    outputs: Range<usize>,
+}
+
+impl WithSimd for Finish<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { task, outputs, .. } = self;
+        if task.product.bias.is_none() && task.act.is_none() {
+            return;
+        }
+        let [out_features, _] = task.product.weight.shape();
+        for row in task.first_row..task.first_row + self.rows {
+            let out = task.product.out.at(row * out_features + outputs.start);
+            // SAFETY: this task alone reads and writes these outputs of its rows.
+            let out = unsafe { std::slice::from_raw_parts_mut(out, outputs.len()) };
+            if let Some(bias) = task.product.bias {
+                for (out, bias) in out.iter_mut().zip(&bias[outputs.clone()]) {
+                    *out += bias;
+                }
+            }
+            if let Some(act) = task.act {
+                let (x, up) = (out, None);
+                activation::Apply { act, x, up }.with_simd(simd);
+            }
+        }
+    }
+}
+
+/// `M` rows of `x` times the rows `outputs` of `w`, both row-major.
+///
+/// # Safety
+/// `out` points to `M` rows, `stride` apart, whose elements `outputs` nobody else reads or writes.
+#[inline(always)]
+unsafe fn dots<S: Simd, const M: usize>(
+    simd: S,
+    x: &[f32],
+    w: &[f32],
+    in_features: usize,
+    outputs: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+) {
+    const N: usize = 4;
+    let mut rows_of_x = [x; M];
+    for m in 0..M {
+        rows_of_x[m] = &x[m * in_features..(m + 1) * in_features];
+    }
+    let x = rows_of_x;
+    let whole = in_features / S::F32_LANES * S::F32_LANES;
+    for first in outputs.clone().step_by(N) {
+        // At the end some rows are read twice.
+        let (mut rows, mut rows_of_w) = ([0; N], [w; N]);
+        for n in 0..N {
+            rows[n] = (first + n).min(outputs.end - 1);
+            rows_of_w[n] = &w[rows[n] * in_features..(rows[n] + 1) * in_features];
+        }
+        let w = rows_of_w;
+        let mut sums = [[simd.splat_f32s(0.0); N]; M];
+        let mut k = 0;
+        while k < whole {
+            // SAFETY: `k + F32_LANES` is at most `in_features`, the length of each row.
+            unsafe {
+                let mut weights = [simd.splat_f32s(0.0); N];
+                for n in 0..N {
+                    weights[n] = w[n].as_ptr().add(k).cast::<S::f32s>().read_unaligned();
+                }
+                for m in 0..M {
+                    let x = x[m].as_ptr().add(k).cast::<S::f32s>().read_unaligned();
+                    for n in 0..N {
+                        sums[m][n] = simd.mul_add_e_f32s(x, weights[n], sums[m][n]);
+                    }
+                }
+            }
+            k += S::F32_LANES;
+        }
+        for m in 0..M {
+            for n in 0..N {
+                let mut sum = simd.reduce_sum_f32s(sums[m][n]);
+                for k in whole..in_features {
+                    sum += x[m][k] * w[n][k];
+                }
+                // SAFETY: the caller's.
+                unsafe { *out.add(m * stride + rows[n]) = sum };
+            }
+        }
+    }
+}
+
+/// Some columns of one panel or two, and the rows of `x` that are multiplied with them.
+#[derive(Clone, Copy)]
+struct Part {
+    weights: *const u8,
+    /// Bytes from a panel to the next.
+    stride: usize,
+    columns: usize,
+    /// Rows of weights in the panels.
+    outputs: usize,
+    /// Rows that are `STRIDE` apart.
+    x: *const f32,
+    rows: usize,
+    /// Whether the result of earlier columns is there already.
+    add: bool,
+    out: *mut f32,
+    out_stride: usize,
+}
+
+impl Part {
+    /// # Safety
+    /// The pointers are to what the fields say, and the values of the weights are held as `float` says.
+    unsafe fn run(&self, kernels: &Kernels, float: Float) {
+        // SAFETY: the caller's.
+        unsafe {
+            let one = match float {
+                Float::F32 => kernels.one,
+                Float::F16 => kernels.f16,
+                Float::Bf16 => kernels.bf16,
+            };
+            let two = kernels
+                .two
+                .filter(|_| float == Float::F32 && self.outputs > PANEL);
+            // What needs two rounds with two panels at a time, but one with one, is as quick and reads less.
+            if let Some(two) = two.filter(|two| self.rows <= two.len() || self.rows > one.len()) {
+                return self.groups(two);
+            }
+            for first in (0..self.outputs).step_by(PANEL) {
+                let panel = Self {
+                    weights: self.weights.add(first / PANEL * self.stride),
+                    outputs: (self.outputs - first).min(PANEL),
+                    out: self.out.add(first),
+                    ..*self
+                };
+                panel.groups(one);
+            }
+        }
+    }
+
+    /// Cuts the rows into groups for which there are kernels, as equal as can be.
+    ///
+    /// # Safety
+    /// That of [`run`](Self::run).
+    unsafe fn groups(&self, kernels: &[Kernel]) {
+        let groups = self.rows.div_ceil(kernels.len());
+        for group in 0..groups {
+            let first = group * self.rows / groups;
+            let rows = (group + 1) * self.rows / groups - first;
+            // SAFETY: the caller's.
+            unsafe { kernels[rows - 1](self, first) };
+        }
+    }
+}
+
+/// Sums some rows of `x`, from that numbered by the second argument on.
+///
+/// # Safety
+/// That of [`Part::run`]; and the processor has the kernel's instructions.
+type Kernel = unsafe fn(&Part, usize);
+
+/// Writes as many columns of a panel as the last argument says as f32.
+///
+/// # Safety
+/// The pointers are to the columns and to room for them; and the processor has the instructions.
+type Widen = unsafe fn(*const u8, *mut f32, usize);
+
+/// What is fastest on a processor. The kernels are those for one row, for two, and so on.
+struct Kernels {
+    /// For two panels at a time, where there are enough registers.
+    two: Option<&'static [Kernel]>,
+    one: &'static [Kernel],
+    f16: &'static [Kernel],
+    bf16: &'static [Kernel],
+    widen: [Widen; 2],
+}
+
+impl Kernels {
+    fn widen(&self, float: Float) -> Widen {
+        self.widen[usize::from(float == Float::Bf16)]
+    }
+}
+
+fn kernels() -> &'static Kernels {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx512f") {
+            return &avx512::KERNELS;
+        }
+        if has!("avx2") && has!("fma") && has!("f16c") {
+            return &avx2::KERNELS;
+        }
+    }
+    &portable::KERNELS
+}
+
+/// The panel's lanes of one column, and what is done with them.
+///
+/// # Safety
+/// The methods may only be called on a processor that has the instructions of the implementation, inlined into a
+/// function that is compiled for them; pointers are to as many values as there are lanes.
+trait Lanes {
+    type Vector: Copy;
+
+    unsafe fn zero() -> Self::Vector;
+    unsafe fn load(from: *const f32) -> Self::Vector;
+    unsafe fn load_f16(from: *const u16) -> Self::Vector;
+    unsafe fn load_bf16(from: *const u16) -> Self::Vector;
+    unsafe fn store(v: Self::Vector, to: *mut f32);
+    unsafe fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// Adds the products of one value of `x` with `P` vectors of weights.
+    unsafe fn multiply<const P: usize>(
+        sums: [Self::Vector; P],
+        x: *const f32,
+        weights: [Self::Vector; P],
+    ) -> [Self::Vector; P];
+}
+
+/// How a value is held in a panel.
+trait Values {
+    const BYTES: usize;
+
+    /// # Safety
+    /// That of [`Lanes`].
+    unsafe fn load<L: Lanes>(from: *const u8) -> L::Vector;
+}
+
+macro_rules! values {
+    ($name:ident, $bytes:literal, $load:ident) => {
+        struct $name;
+
+        impl Values for $name {
+            const BYTES: usize = $bytes;
+
+            #[inline(always)]
+            unsafe fn load<L: Lanes>(from: *const u8) -> L::Vector {
+                // SAFETY: the caller's.
+                unsafe { L::$load(from.cast()) }
+            }
+        }
+    };
+}
+
+values!(F32, 4, load);
+values!(F16, 2, load_f16);
+values!(Bf16, 2, load_bf16);
+
+/// `M` rows of `x` from `first` on times `P` panels: a [`Kernel`].
+///
+/// # Safety
+/// That of [`Kernel`] and [`Lanes`].
+#[inline(always)]
+unsafe fn sum<L: Lanes, W: Values, const M: usize, const P: usize>(part: &Part, first: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        // Two sums for each element where one would wait for itself.
+        let split = M * P < 8;
+        let (mut sums, mut others) = ([[L::zero(); P]; M], [[L::zero(); P]; M]);
+        let mut x = part.x.add(first * STRIDE);
+        let mut weights = part.weights;
+        for _ in 0..part.columns / 2 {
+            column::<L, W, M, P>(&mut sums, x, weights, part.stride);
+            let (x1, weights1) = (x.add(1), weights.add(PANEL * W::BYTES));
+            if split {
+                column::<L, W, M, P>(&mut others, x1, weights1, part.stride);
+            } else {
+                column::<L, W, M, P>(&mut sums, x1, weights1, part.stride);
+            }
+            (x, weights) = (x.add(2), weights.add(2 * PANEL * W::BYTES));
+        }
+        if !part.columns.is_multiple_of(2) {
+            column::<L, W, M, P>(&mut sums, x, weights, part.stride);
+        }
+        // By way of memory: the last panels may have fewer rows of weights than lanes.
+        let mut tile = [[[0.0f32; PANEL]; P]; M];
+        for m in 0..M {
+            for p in 0..P {
+                let mut sum = sums[m][p];
+                if split {
+                    sum = L::add(sum, others[m][p]);
+                }
+                L::store(sum, tile[m][p].as_mut_ptr());
+            }
+        }
+        for (m, tile) in tile.iter().enumerate() {
+            let out = part.out.add((first + m) * part.out_stride);
+            let out = std::slice::from_raw_parts_mut(out, part.outputs);
+            for (out, tile) in out.chunks_mut(PANEL).zip(tile) {
+                for (out, sum) in out.iter_mut().zip(tile) {
+                    *out = if part.add { *out + sum } else { *sum };
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of one column.
+///
+/// # Safety
+/// That of [`Kernel`] and [`Lanes`].
+#[inline(always)]
+unsafe fn column<L: Lanes, W: Values, const M: usize, const P: usize>(
+    sums: &mut [[L::Vector; P]; M],
+    x: *const f32,
+    weights: *const u8,
+    stride: usize,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut w = [L::zero(); P];
+        for (p, w) in w.iter_mut().enumerate() {
+            *w = W::load::<L>(weights.add(p * stride));
+        }
+        for (m, sums) in sums.iter_mut().enumerate() {
+            *sums = L::multiply(*sums, x.add(m * STRIDE), w);
+        }
+    }
+}
+
+/// A [`Widen`].
+///
+/// # Safety
+/// That of [`Widen`] and [`Lanes`].
+#[inline(always)]
+unsafe fn widen<L: Lanes, W: Values>(from: *const u8, to: *mut f32, columns: usize) {
+    for column in 0..columns {
+        // SAFETY: the caller's.
+        unsafe {
+            let values = W::load::<L>(from.add(column * PANEL * W::BYTES));
+            L::store(values, to.add(column * PANEL));
+        }
+    }
+}
+
+/// The [`Kernels`] of an implementation of [`Lanes`], compiled for its instructions.
+macro_rules! kernels {
+    ($lanes:ty, $(#[$features:meta])* $(two: $($two:literal)+,)? one: $($one:literal)+, few: $($few:literal)+) => {
+        use super::{Bf16, F16, F32, Kernel, Kernels, Part, Values};
+
+        pub(super) static KERNELS: Kernels = Kernels {
+            two: kernels!(@some $([$(sum::<F32, $two, 2>),+])?),
+            one: &[$(sum::<F32, $one, 1> as Kernel),+],
+            f16: &[$(sum::<F16, $few, 1> as Kernel),+],
+            bf16: &[$(sum::<Bf16, $few, 1> as Kernel),+],
+            widen: [widen::<F16>, widen::<Bf16>],
+        };
+
+        $(#[$features])*
+        unsafe fn sum<W: Values, const M: usize, const P: usize>(part: &Part, first: usize) {
+            // SAFETY: the caller's; the features are enabled here.
+            unsafe { super::sum::<$lanes, W, M, P>(part, first) }
+        }
+
+        $(#[$features])*
+        unsafe fn widen<W: Values>(from: *const u8, to: *mut f32, columns: usize) {
+            // SAFETY: the caller's; the features are enabled here.
+            unsafe { super::widen::<$lanes, W>(from, to, columns) }
+        }
+    };
+    (@some) => { None };
+    (@some [$($kernel:expr),+]) => { Some(&[$($kernel as Kernel),+]) };
+}
+
+// The bodies are plain arithmetic, and loads and stores that the callers vouch for.
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::undocumented_unsafe_blocks)]
+mod avx512 {
+    use std::arch::asm;
+    use std::arch::x86_64::*;
+
+    struct Avx512;
+
+    kernels!(
+        Avx512,
+        #[target_feature(enable = "avx512f")]
+        two: 1 2 3 4 5 6 7 8 9 10 11 12 13 14,
+        one: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28,
+        few: 1 2 3 4
+    );
+
+    impl super::Lanes for Avx512 {
+        type Vector = __m512;
+
+        #[inline(always)]
+        unsafe fn zero() -> __m512 {
+            unsafe { _mm512_setzero_ps() }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> __m512 {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> __m512 {
+            unsafe {
+                let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(v: __m512, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn multiply<const P: usize>(
+            mut sums: [__m512; P],
+            x: *const f32,
+            weights: [__m512; P],
+        ) -> [__m512; P] {
+            unsafe {
+                if P == 2 {
+                    (sums[0], sums[1]) = multiply_two(sums[0], sums[1], x, weights[0], weights[1]);
+                } else {
+                    for p in 0..P {
+                        sums[p] = multiply_one(sums[p], x, weights[p]);
+                    }
+                }
+                sums
+            }
+        }
+    }
+
+    // In assembly, because the compiler would gather the broadcasts of all rows before it multiplies, and has no
+    // registers for them.
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn multiply_two(
+        mut a: __m512,
+        mut b: __m512,
+        x: *const f32,
+        v: __m512,
+        w: __m512,
+    ) -> (__m512, __m512) {
+        // Of the type that makes it a vector register.
+        let _value: __m512;
+        unsafe {
+            asm!(
+                "vbroadcastss {value}, dword ptr [{x}]",
+                "vfmadd231ps {a}, {value}, {v}",
+                "vfmadd231ps {b}, {value}, {w}",
+                value = out(zmm_reg) _value,
+                x = in(reg) x,
+                v = in(zmm_reg) v,
+                w = in(zmm_reg) w,
+                a = inout(zmm_reg) a,
+                b = inout(zmm_reg) b,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        (a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn multiply_one(mut sum: __m512, x: *const f32, w: __m512) -> __m512 {
+        unsafe {
+            asm!(
+                "vfmadd231ps {sum}, {w}, dword ptr [{x}]{{1to16}}",
+                x = in(reg) x,
+                w = in(zmm_reg) w,
+                sum = inout(zmm_reg) sum,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        sum
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::undocumented_unsafe_blocks)]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    struct Avx2;
+
+    kernels!(
+        Avx2,
+        #[target_feature(enable = "avx2,fma,f16c")]
+        one: 1 2 3 4 5 6,
+        few: 1 2 3 4
+    );
+
+    impl super::Lanes for Avx2 {
+        type Vector = [__m256; 2];
+
+        #[inline(always)]
+        unsafe fn zero() -> [__m256; 2] {
+            unsafe { [_mm256_setzero_ps(); 2] }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> [__m256; 2] {
+            unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> [__m256; 2] {
+            unsafe {
+                [
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                    _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast())),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> [__m256; 2] {
+            unsafe {
+                let (a, b) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
+                let (a, b) = (_mm256_cvtepu16_epi32(a), _mm256_cvtepu16_epi32(b));
+                [
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)),
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b)),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(v: [__m256; 2], to: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(to, v[0]);
+                _mm256_storeu_ps(to.add(8), v[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn add(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn multiply<const P: usize>(
+            mut sums: [[__m256; 2]; P],
+            x: *const f32,
+            weights: [[__m256; 2]; P],
+        ) -> [[__m256; 2]; P] {
+            unsafe {
+                let x = _mm256_set1_ps(*x);
+                for p in 0..P {
+                    for half in 0..2 {
+                        sums[p][half] = _mm256_fmadd_ps(x, weights[p][half], sums[p][half]);
+                    }
+                }
+                sums
+            }
+        }
+    }
+}
+
+/// Arrays, of which the compiler makes the vectors that it may count on: NEON, SIMD128, SSE2.
+#[allow(clippy::undocumented_unsafe_blocks)]
+mod portable {
+    use super::PANEL;
+
+    struct Portable;
+
+    #[cfg(target_arch = "aarch64")]
+    kernels!(Portable, one: 1 2 3 4 5 6, few: 1 2 3 4);
+    #[cfg(not(target_arch = "aarch64"))]
+    kernels!(Portable, one: 1 2, few: 1 2);
+
+    impl super::Lanes for Portable {
+        type Vector = [f32; PANEL];
+
+        #[inline(always)]
+        unsafe fn zero() -> [f32; PANEL] {
+            [0.0; PANEL]
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> [f32; PANEL] {
+            unsafe { from.cast::<[f32; PANEL]>().read_unaligned() }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> [f32; PANEL] {
+            let halves = unsafe { from.cast::<[u16; PANEL]>().read_unaligned() };
+            let mut values = [0.0; PANEL];
+            for (value, half) in values.iter_mut().zip(halves) {
+                *value = half::f16::from_bits(half).to_f32();
+            }
+            values
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> [f32; PANEL] {
+            let halves = unsafe { from.cast::<[u16; PANEL]>().read_unaligned() };
+            let mut values = [0.0; PANEL];
+            for (value, half) in values.iter_mut().zip(halves) {
+                *value = f32::from_bits(u32::from(half) << 16);
+            }
+            values
+        }
+        #[inline(always)]
+        unsafe fn store(v: [f32; PANEL], to: *mut f32) {
+            unsafe { to.cast::<[f32; PANEL]>().write_unaligned(v) }
+        }
+        #[inline(always)]
+        unsafe fn add(mut a: [f32; PANEL], b: [f32; PANEL]) -> [f32; PANEL] {
+            for (a, b) in a.iter_mut().zip(b) {
+                *a += b;
+            }
+            a
+        }
+        #[inline(always)]
+        unsafe fn multiply<const P: usize>(
+            mut sums: [[f32; PANEL]; P],
+            x: *const f32,
+            weights: [[f32; PANEL]; P],
+        ) -> [[f32; PANEL]; P] {
+            let x = unsafe { *x };
+            for (sums, weights) in sums.iter_mut().zip(&weights) {
+                for (sum, w) in sums.iter_mut().zip(weights) {
+                    // One instruction on every processor of this kind; elsewhere it might be a call.
+                    *sum = if cfg!(target_arch = "aarch64") {
+                        x.mul_add(*w, *sum)
+                    } else {
+                        x * w + *sum
+                    };
+                }
+            }
+            sums
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(seed: u64, len: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    fn expected(x: &[f32], w: &[f32], [rows, cols]: [usize; 2], bias: Option<&[f32]>) -> Vec<f32> {
+        let dot = |x: &[f32], w: &[f32]| {
+            x.iter()
+                .zip(w)
+                .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                .sum::<f64>()
+        };
+        let row = |x: &[f32]| -> Vec<f32> {
+            let value =
+                |o: usize| dot(x, &w[o * cols..(o + 1) * cols]) as f32 + bias.map_or(0.0, |bias| bias[o]);
+            (0..rows).map(value).collect()
+        };
+        x.chunks(cols).flat_map(row).collect()
+    }
+
+    fn check(weight: Weight, w: &[f32], batch: usize, act: Option<Activation>) {
+        let [rows, cols] = weight.shape();
+        let x = noise(1, batch * cols);
+        let bias = noise(2, rows);
+        for bias in [None, Some(&bias[..])] {
+            let mut out = vec![f32::NAN; batch * rows];
+            let product = Product {
+                weight,
+                bias,
+                out: &mut out,
+            };
+            matmul(&x, cols, vec![product], act);
+            for (found, expected) in out.iter().zip(expected(&x, w, [rows, cols], bias)) {
+                let expected = if act == Some(Activation::Relu) {
+                    expected.max(0.0)
+                } else {
+                    expected
+                };
+                assert!(
+                    (found - expected).abs() < 2e-5 * (cols as f32).sqrt(),
+                    "{rows} x {cols}, {batch}: {found} {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn like_the_sum_of_products() {
+        for [rows, cols] in [
+            [1, 1],
+            [5, 3],
+            [16, 8],
+            [33, 65],
+            [100, 384],
+            [40, 385],
+            [17, 1000],
+        ] {
+            let w = noise(3, rows * cols);
+            let narrowed = |to: fn(f32) -> u16, from: fn(u16) -> f32| -> (Vec<u8>, Vec<f32>) {
+                let bits: Vec<u16> = w.iter().map(|w| to(*w)).collect();
+                (
+                    bits.iter().flat_map(|b| b.to_le_bytes()).collect(),
+                    bits.iter().map(|b| from(*b)).collect(),
+                )
+            };
+            let f32s = (
+                w.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>(),
+                w.clone(),
+            );
+            let f16s = narrowed(
+                |x| half::f16::from_f32(x).to_bits(),
+                |x| half::f16::from_bits(x).to_f32(),
+            );
+            let bf16s = narrowed(
+                |x| half::bf16::from_f32(x).to_bits(),
+                |x| half::bf16::from_bits(x).to_f32(),
+            );
+            for batch in [1, 2, 3, 4, 5, 7, 13, 14, 15, 16, 17, 28, 29, 130] {
+                for (float, (bytes, w)) in [(Float::F32, &f32s), (Float::F16, &f16s), (Float::Bf16, &bf16s)] {
+                    let packed = DenseMatrix::pack(float, rows, cols, bytes, &|_| ());
+                    check(Weight::Packed(&packed), w, batch, Some(Activation::Relu));
+                }
+                check(Weight::Plain(&w, [rows, cols]), &w, batch, None);
+            }
+        }
+    }
+
+    #[test]
+    fn every_half_float() {
+        for batch in [1, 6] {
+            let bits: Vec<u16> = (0..=u16::MAX).collect();
+            let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+            let finite: Vec<u16> = bits
+                .iter()
+                .copied()
+                .filter(|bits| bits & 0x7C00 != 0x7C00)
+                .collect();
+            let finite_bytes: Vec<u8> = finite.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+            for (bits, bytes) in [(bits, bytes), (finite, finite_bytes)] {
+                let packed = DenseMatrix::pack(Float::F16, bits.len(), 1, &bytes, &|_| ());
+                let mut out = vec![0.0; batch * bits.len()];
+                let product = Product {
+                    weight: Weight::Packed(&packed),
+                    bias: None,
+                    out: &mut out,
+                };
+                matmul(&vec![1.0; batch], 1, vec![product], None);
+                for (bits, found) in bits.iter().cycle().zip(&out) {
+                    let expected = half::f16::from_bits(*bits).to_f32();
+                    assert!(
+                        *found == expected || found.is_nan() && expected.is_nan(),
+                        "{bits:x}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn several_at_once() {
+        let (a, b) = (noise(4, 40 * 64), noise(5, 100 * 64));
+        let x = noise(1, 20 * 64);
+        let (mut first, mut second) = (vec![0.0; 20 * 40], vec![0.0; 20 * 100]);
+        let products = vec![
+            Product {
+                weight: Weight::Plain(&a, [40, 64]),
+                bias: None,
+                out: &mut first,
+            },
+            Product {
+                weight: Weight::Plain(&b, [100, 64]),
+                bias: None,
+                out: &mut second,
+            },
+        ];
+        matmul(&x, 64, products, None);
+        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+        assert!(near(&first, &expected(&x, &a, [40, 64], None)));
+        assert!(near(&second, &expected(&x, &b, [100, 64], None)));
+    }
+}

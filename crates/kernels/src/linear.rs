@@ -1,0 +1,239 @@
+//! Products with weights, dense or packed, with bias and activation.
+
+use std::sync::Arc;
+
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{Tensor, TensorData};
+
+use crate::activation::Activation;
+use crate::dense::{self, Product};
+use crate::flex;
+use crate::int8::{self, Activations, Int8Matrix};
+use crate::packed::{PackedMatrix, matmul_transposed};
+use crate::threads::for_each_chunk;
+
+/// A weight matrix `[out_features, in_features]`.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    /// A tensor.
+    Dense(Tensor<2>),
+    /// Kept in its storage format, on the CPU.
+    Packed(Arc<dyn PackedMatrix>),
+}
+
+impl Weight {
+    fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(tensor) => tensor.dims(),
+            Self::Packed(matrix) => matrix.shape(),
+        }
+    }
+}
+
+/// A weight and its bias `[out_features]`.
+pub type Layer = (Weight, Option<Tensor<1>>);
+
+/// `act(x · Wᵀ + b)` for `x` of shape `[.., in_features]`; the result is `[.., out_features]`.
+pub fn linear<const D: usize>(x: Tensor<D>, layer: Layer, act: Option<Activation>) -> Tensor<D> {
+    let [y] = linears(x, [layer], act);
+    y
+}
+
+/// [`linear`] with several layers and the same `x`, at once.
+///
+/// On the CPU, weights with an [integer form](PackedMatrix::int8) are multiplied with activations that are quantized
+/// to it, those with a [float form](PackedMatrix::dense) or in a tensor as floats. Others are widened tile by tile
+/// into a scratch buffer that stays in the cache. Either way memory is read once in its packed form.
+pub fn linears<const D: usize, const N: usize>(
+    x: Tensor<D>,
+    layers: [Layer; N],
+    act: Option<Activation>,
+) -> [Tensor<D>; N] {
+    let plain = layers.iter().all(|(weight, bias)| {
+        let weight = match weight {
+            Weight::Dense(tensor) => flex::is_plain(&tensor.clone().into_dispatch()),
+            Weight::Packed(_) => true,
+        };
+        weight
+            && bias
+                .as_ref()
+                .is_none_or(|bias| flex::is_plain(&bias.clone().into_dispatch()))
+    });
+    if !plain {
+        return layers.map(|layer| reference(x.clone(), layer, act));
+    }
+    match flex::unwrap(x) {
+        Ok(x) => on_the_cpu(x, layers, act),
+        Err(x) => layers.map(|layer| reference(x.clone(), layer, act)),
+    }
+}
+
+/// What is read of a layer.
+struct Operand {
+    weight: Source,
+    bias: Option<FlexTensor>,
+}
+
+enum Source {
+    Dense(FlexTensor, [usize; 2]),
+    Packed(Arc<dyn PackedMatrix>),
+}
+
+impl Operand {
+    fn new((weight, bias): Layer) -> Self {
+        let values = |x| flex::contiguous(flex::inner(x));
+        let shape = weight.shape();
+        Self {
+            weight: match weight {
+                Weight::Dense(tensor) => Source::Dense(values(tensor.into_dispatch()), shape),
+                Weight::Packed(matrix) => Source::Packed(matrix),
+            },
+            bias: bias.map(|bias| values(bias.into_dispatch())),
+        }
+    }
+
+    fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_ref().map(flex::values)
+    }
+
+    fn out_features(&self) -> usize {
+        match &self.weight {
+            Source::Dense(_, [out_features, _]) => *out_features,
+            Source::Packed(matrix) => matrix.shape()[0],
+        }
+    }
+
+    fn int8(&self) -> Option<&Int8Matrix> {
+        match &self.weight {
+            Source::Dense(..) => None,
+            Source::Packed(matrix) => matrix.int8(),
+        }
+    }
+
+    fn float(&self) -> Option<dense::Weight<'_>> {
+        match &self.weight {
+            Source::Dense(values, shape) => Some(dense::Weight::Plain(flex::values(values), *shape)),
+            Source::Packed(matrix) => matrix.dense().map(dense::Weight::Packed),
+        }
+    }
+}
+
+fn on_the_cpu<const D: usize, const N: usize>(
+    x: FlexTensor,
+    layers: [Layer; N],
+    act: Option<Activation>,
+) -> [Tensor<D>; N] {
+    let x = flex::contiguous(x);
+    let mut dims: [usize; D] = std::array::from_fn(|axis| x.layout().shape()[axis]);
+    let (values, in_features) = (flex::values(&x), dims[D - 1]);
+    let rows = values.len() / in_features.max(1);
+    let operands = layers.map(Operand::new);
+    let mut outs = [const { Vec::new() }; N];
+    for (out, operand) in outs.iter_mut().zip(&operands) {
+        *out = vec![0.0f32; rows * operand.out_features()];
+    }
+    let int8: Vec<_> = operands.iter().filter_map(Operand::int8).collect();
+    if int8.len() == N {
+        int8::matmul(&Activations::quantize(values, in_features), &int8, &mut outs);
+        for (operand, out) in operands.iter().zip(&mut outs) {
+            finish(out, operand, act);
+        }
+    } else {
+        let mut products = Vec::with_capacity(N);
+        for (operand, out) in operands.iter().zip(&mut outs) {
+            if let Some(weight) = operand.float() {
+                let bias = operand.bias();
+                products.push(Product { weight, bias, out });
+                continue;
+            }
+            match (operand.int8(), &operand.weight) {
+                (Some(matrix), _) => {
+                    let x = Activations::quantize(values, in_features);
+                    int8::matmul(&x, &[matrix], std::slice::from_mut(out));
+                }
+                (None, Source::Packed(matrix)) => matmul_transposed(values, matrix.as_ref(), out),
+                (None, Source::Dense(..)) => {}
+            }
+            finish(out, operand, act);
+        }
+        dense::matmul(values, in_features, products, act);
+    }
+    let mut operands = operands.iter();
+    outs.map(|out| {
+        dims[D - 1] = operands.next().map_or(0, Operand::out_features);
+        flex::tensor(out, dims)
+    })
+}
+
+/// Adds the bias and applies the activation.
+fn finish(out: &mut [f32], operand: &Operand, act: Option<Activation>) {
+    let width = operand.out_features().max(1);
+    if operand.bias.is_none() && act.is_none() {
+        return;
+    }
+    // So many values a task that handing over does not count.
+    for_each_chunk(out, (1usize << 14).div_ceil(width) * width, |_, out| {
+        if let Some(bias) = operand.bias() {
+            for row in out.chunks_exact_mut(width) {
+                for (out, bias) in row.iter_mut().zip(bias) {
+                    *out += bias;
+                }
+            }
+        }
+        if let Some(act) = act {
+            act.apply(out);
+        }
+    });
+}
+
+/// The same of tensor operations, with widened weights on the device of `x`.
+fn reference<const D: usize>(x: Tensor<D>, (weight, bias): Layer, act: Option<Activation>) -> Tensor<D> {
+    let [out_features, in_features] = weight.shape();
+    let weight = match weight {
+        Weight::Dense(tensor) => tensor,
+        Weight::Packed(matrix) => {
+            let mut values = vec![0.0f32; out_features * in_features];
+            matrix.dequantize_rows(0..out_features, &mut values);
+            let values = TensorData::new(values, [out_features, in_features]).convert_dtype(x.dtype());
+            Tensor::from_data(values, (&x.device(), x.dtype()))
+        }
+    };
+    let mut dims = x.dims();
+    let rows = dims.iter().product::<usize>() / in_features.max(1);
+    let y = x.reshape([rows, in_features]).matmul(weight.transpose());
+    dims[D - 1] = out_features;
+    let mut y = y.reshape(dims);
+    if let Some(bias) = bias {
+        y = y + bias.unsqueeze();
+    }
+    match act {
+        Some(act) => act.forward(y),
+        None => y,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{noise, tracked, worst};
+
+    #[test]
+    fn like_the_reference() {
+        for [rows, in_features, out_features] in [[1, 5, 7], [3, 64, 33], [40, 33, 20]] {
+            let x = noise(1, [2, rows, in_features]);
+            let weight = noise(2, [out_features, in_features]);
+            for bias in [None, Some(noise(3, [out_features]))] {
+                for act in [None, Some(Activation::Gelu)] {
+                    let layer = (Weight::Dense(weight.clone()), bias.clone());
+                    let slow = (Weight::Dense(tracked(weight.clone())), bias.clone().map(tracked));
+                    let expected = linear(tracked(x.clone()), slow, act);
+                    let [a, b] = linears(x.clone(), [layer.clone(), layer.clone()], act);
+                    assert!(worst(a, expected.clone()) < 1e-4);
+                    assert!(worst(b, expected.clone()) < 1e-4);
+                    let turned = linear(x.clone().swap_dims(0, 1), layer, act);
+                    assert!(worst(turned, expected.swap_dims(0, 1)) < 1e-4);
+                }
+            }
+        }
+    }
+}
