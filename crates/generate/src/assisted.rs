@@ -3,10 +3,10 @@
 use oxiformers_models::CausalLM;
 use oxiformers_nn::{Cache, CacheKind, LogitsFor};
 
-use crate::generation::{batch, read};
+use crate::generation::{Prompt, batch, new_cache, read};
 use crate::logits::{LogitsProcessor, LogitsProcessors, softmax};
 use crate::sampling::Sampler;
-use crate::{GenerationConfig, Result};
+use crate::{Error, GenerationConfig, Result};
 
 /// Prompt tokens that an assistant runs at a time.
 const PREFILL_CHUNK: usize = 512;
@@ -14,7 +14,7 @@ const PREFILL_CHUNK: usize = 512;
 /// Where drafts come from. What is generated has the same distribution as without.
 #[derive(Clone)]
 pub enum Draft<'a> {
-    /// A smaller model with the same tokenizer.
+    /// A smaller model of the same kind, with the same tokenizer.
     Assistant(&'a dyn CausalLM),
     /// What followed the last tokens earlier in the text (Saxena, 2023).
     PromptLookup,
@@ -48,12 +48,24 @@ pub(crate) struct Drafted {
 }
 
 impl<'a> Drafter<'a> {
-    pub(crate) fn new(draft: &Draft<'a>, config: &GenerationConfig) -> Self {
+    /// Drafts for `prompts`, of which there is one.
+    pub(crate) fn new(
+        draft: &Draft<'a>,
+        target: &dyn CausalLM,
+        config: &GenerationConfig,
+        prompts: &[Prompt],
+    ) -> Result<Self> {
         let (source, num_tokens) = match draft {
             Draft::Assistant(model) => {
+                if model.as_seq2seq().is_some() != target.as_seq2seq().is_some() {
+                    return Err(Error::config(
+                        "assistant",
+                        "reads and writes in another way than the model: either both are encoder-decoders or neither is",
+                    ));
+                }
                 let source = Source::Assistant {
                     model: *model,
-                    cache: model.new_cache(CacheKind::Full, vec![0]),
+                    cache: new_cache(*model, CacheKind::Full, prompts),
                     cached: Vec::new(),
                     threshold: config.assistant_confidence_threshold,
                     eos: config.eos_token_id.clone(),
@@ -68,11 +80,11 @@ impl<'a> Drafter<'a> {
             }
         };
         let heuristic = config.num_assistant_tokens_schedule.starts_with("heuristic");
-        Self {
+        Ok(Self {
             source,
             num_tokens: num_tokens.max(1),
             heuristic,
-        }
+        })
     }
 
     /// At most `most` tokens to follow `ids`.

@@ -1,9 +1,9 @@
 //! Beam search and beam sampling, as Transformers' `_beam_search` has them.
 
-use oxiformers_nn::{CacheKind, LogitsFor};
+use oxiformers_nn::LogitsFor;
 use web_time::Instant;
 
-use crate::generation::{FinishReason, Generated, Generator, batch, padded, read};
+use crate::generation::{FinishReason, Generated, Generator, batch, new_cache, padded, read};
 use crate::logits::{LogSoftmax, LogitsProcessor, LogitsProcessors, softmax};
 use crate::sampling::{Sampler, fresh_seed};
 use crate::text::TextOut;
@@ -69,18 +69,19 @@ pub(crate) async fn search(generator: &Generator<'_>, prompts: &[Vec<u32>]) -> R
     };
     let mut searches = Vec::with_capacity(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
-        let limit = generator.limit(prompt);
+        let (ids, source) = (&prompt.ids, prompt.source());
+        let limit = generator.limit(ids);
         let text = generator.tokenizer.filter(|_| !config.stop_strings.is_empty());
         let beam = |score| Beam {
-            ids: prompt.clone(),
+            ids: ids.clone(),
             score,
             parent: index * num_beams,
             text: text.map(|tokenizer| TextOut::new(tokenizer, &config.stop_strings)),
         };
         searches.push(Search {
-            prompt_len: prompt.len(),
+            prompt_len: ids.len(),
             limit,
-            processors: LogitsProcessors::new(config, prompt, prompt.len() + limit)?,
+            processors: LogitsProcessors::new(config, ids, source, ids.len() + limit)?,
             sampler: seed.map_or_else(Sampler::greedy, |seed| Sampler::random(seed, index as u64)),
             // Only the first beam counts at first: they are all the same.
             running: (0..num_beams)
@@ -95,16 +96,14 @@ pub(crate) async fn search(generator: &Generator<'_>, prompts: &[Vec<u32>]) -> R
         .map(|search| search.prompt_len + search.limit)
         .max()
         .unwrap_or(0);
-    let total = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let padding: Vec<usize> = prompts.iter().map(|prompt| total - prompt.len()).collect();
-    let kind: CacheKind = config.cache_kind(longest)?;
-    let mut cache = model.new_cache(kind, padding);
     if !searches.iter().any(|search| search.improvable) {
         return Ok(results(generator, searches));
     }
 
-    cache.prepare(total);
-    let pending = padded(prompts.iter().map(Vec::as_slice), cache.padding(), 0);
+    let mut cache = new_cache(model, config.cache_kind(longest)?, &prompts);
+    let ids = || prompts.iter().map(|prompt| prompt.ids.as_slice());
+    cache.prepare(ids().map(<[u32]>::len).max().unwrap_or(0));
+    let pending = padded(ids(), cache.padding(), 0);
     let logits = read(model.forward(batch(&pending, &model.device()), &mut cache, LogitsFor::Last)).await?;
     let mut logits: Vec<f32> = logits
         .chunks_exact(vocab_size)

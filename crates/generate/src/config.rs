@@ -1,6 +1,7 @@
 //! How text is generated: `generation_config.json`.
 
 use oxiformers_hub::ModelFiles;
+use oxiformers_models::fields::one_or_more;
 use oxiformers_nn::CacheKind;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
@@ -12,7 +13,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GenerationConfig {
-    /// Longest sequence in tokens, the prompt included; `max_new_tokens` goes before it.
+    /// Longest sequence in tokens, the prompt included (not what an encoder reads, but the token that its decoder starts
+    /// with); `max_new_tokens` goes before it.
     pub max_length: Option<usize>,
     /// Most new tokens. Without it and `max_length`: 20.
     pub max_new_tokens: Option<usize>,
@@ -55,7 +57,7 @@ pub struct GenerationConfig {
     pub eta_cutoff: f64,
     /// Divides (multiplies, where negative) the logits of tokens that the sequence holds already.
     pub repetition_penalty: f64,
-    /// The same upside down: above 1 it favours tokens of the prompt.
+    /// The same upside down: above 1 it favours tokens of the prompt, or of what an encoder has read.
     pub encoder_repetition_penalty: f64,
     /// Taken from the logits of tokens that were generated already.
     pub presence_penalty: f64,
@@ -65,7 +67,7 @@ pub struct GenerationConfig {
     pub length_penalty: f64,
     /// No n-gram of this length appears twice.
     pub no_repeat_ngram_size: usize,
-    /// No n-gram of this length of the prompt is generated.
+    /// No n-gram of this length of the prompt, or of what an encoder has read, is generated.
     pub encoder_no_repeat_ngram_size: usize,
     /// Sequences of tokens that are never generated.
     pub bad_words_ids: Vec<Vec<u32>>,
@@ -98,6 +100,8 @@ pub struct GenerationConfig {
     /// Tokens that end sequences.
     #[serde(deserialize_with = "one_or_more")]
     pub eos_token_id: Vec<u32>,
+    /// Token that the decoder of an encoder-decoder starts with; without it, `bos_token_id`.
+    pub decoder_start_token_id: Option<u32>,
     /// Tokens to draft at a time.
     pub num_assistant_tokens: usize,
     /// `constant`, or `heuristic`: two more after all drafts were right, else one fewer.
@@ -168,6 +172,7 @@ impl Default for GenerationConfig {
             pad_token_id: None,
             bos_token_id: None,
             eos_token_id: Vec::new(),
+            decoder_start_token_id: None,
             num_assistant_tokens: 20,
             num_assistant_tokens_schedule: "constant".to_string(),
             assistant_confidence_threshold: 0.4,
@@ -359,21 +364,6 @@ impl<'de> Deserialize<'de> for EarlyStopping {
             ))),
         }
     }
-}
-
-fn one_or_more<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
-    d: D,
-) -> std::result::Result<Vec<T>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMore<T> {
-        One(T),
-        More(Vec<T>),
-    }
-    Ok(match OneOrMore::deserialize(d)? {
-        OneOrMore::One(one) => vec![one],
-        OneOrMore::More(all) => all,
-    })
 }
 
 /// `[[[ids…], bias], …]`; integers are fine as biases.

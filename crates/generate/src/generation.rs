@@ -1,4 +1,7 @@
 //! Sequences that grow by a token a step.
+//!
+//! A decoder-only model continues its prompts. An encoder-decoder reads them, and its decoder begins a sequence of its
+//! own for each: once a [`Prompt`] says what stands where, and the cache holds what was read, both are the same.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use futures::Stream;
@@ -126,6 +129,41 @@ impl PromptCache {
     }
 }
 
+/// What a sequence begins with.
+pub(crate) struct Prompt {
+    /// Its own first tokens.
+    pub(crate) ids: Vec<u32>,
+    /// What an encoder reads.
+    source: Option<Vec<u32>>,
+}
+
+impl Prompt {
+    /// The text that was given: what the encoder reads, if there is one.
+    pub(crate) fn source(&self) -> &[u32] {
+        self.source.as_ref().unwrap_or(&self.ids)
+    }
+}
+
+/// An empty cache for the sequences, with what an encoder reads.
+pub(crate) fn new_cache(model: &dyn CausalLM, kind: CacheKind, prompts: &[Prompt]) -> Cache {
+    let longest = |len: fn(&Prompt) -> usize| prompts.iter().map(len).max().unwrap_or(0);
+    let total = longest(|prompt| prompt.ids.len());
+    let padding = prompts.iter().map(|prompt| total - prompt.ids.len()).collect();
+    let mut cache = model.new_cache(kind, padding);
+    if let Some(encoder) = model.as_seq2seq() {
+        let width = longest(|prompt| prompt.source().len());
+        let row = |prompt: &Prompt| {
+            let mut row = prompt.source().to_vec();
+            row.resize(width, 0);
+            row
+        };
+        let sources: Vec<Vec<u32>> = prompts.iter().map(row).collect();
+        let tokens = prompts.iter().map(|prompt| 0..prompt.source().len()).collect();
+        encoder.encode(batch(&sources, &model.device()), tokens, &mut cache);
+    }
+    cache
+}
+
 impl<'a> Generator<'a> {
     /// Generates with `model` as `config` says.
     pub fn new(model: &'a dyn CausalLM, config: GenerationConfig) -> Self {
@@ -164,7 +202,8 @@ impl<'a> Generator<'a> {
         &self.config
     }
 
-    /// Continues prompts, given as token ids; `num_return_sequences` results for each, in order.
+    /// Continues prompts, given as token ids, or answers what an encoder reads; `num_return_sequences` results for each,
+    /// in order.
     ///
     /// # Errors
     /// A configuration that makes no sense, a prompt that is empty or too long, a constraint that cannot be
@@ -211,8 +250,9 @@ impl<'a> Generator<'a> {
         ))
     }
 
-    /// Checks prompts, and gives an empty one the token that begins sequences.
-    pub(crate) fn prompts(&self, prompts: &[Vec<u32>]) -> Result<Vec<Vec<u32>>> {
+    /// Checks prompts, gives an empty one the token that begins sequences, and the decoder of an encoder-decoder the one
+    /// that it starts with.
+    pub(crate) fn prompts(&self, prompts: &[Vec<u32>]) -> Result<Vec<Prompt>> {
         self.config.validate()?;
         if !self.config.stop_strings.is_empty() && self.tokenizer.is_none() {
             return Err(Error::config(
@@ -220,10 +260,11 @@ impl<'a> Generator<'a> {
                 "need a tokenizer: call `with_tokenizer`",
             ));
         }
-        let vocab_size = self.model.vocab_size();
+        let encoder = self.model.as_seq2seq();
+        let vocab_size = encoder.map_or(self.model.vocab_size(), |model| model.source_vocab_size());
         let begin = |prompt: &Vec<u32>| match (prompt.is_empty(), self.config.bos_token_id) {
-            (true, Some(bos)) => Ok(vec![bos]),
-            (true, None) => Err(Error::Prompt(
+            (true, Some(bos)) if encoder.is_none() => Ok(vec![bos]),
+            (true, _) => Err(Error::Prompt(
                 "is empty, and the model has no token to begin with".into(),
             )),
             (false, _) => Ok(prompt.clone()),
@@ -247,7 +288,20 @@ impl<'a> Generator<'a> {
                 return Err(Error::Prompt(message));
             }
         }
-        Ok(prompts)
+        if encoder.is_none() {
+            let own = |ids| Prompt { ids, source: None };
+            return Ok(prompts.into_iter().map(own).collect());
+        }
+        let start = self.config.decoder_start_token_id.or(self.config.bos_token_id);
+        let Some(start) = start.filter(|id| (*id as usize) < self.model.vocab_size()) else {
+            let message = "or `bos_token_id` must be a token of the model, for its decoder to start with";
+            return Err(Error::config("decoder_start_token_id", message));
+        };
+        let read = |source| Prompt {
+            ids: vec![start],
+            source: Some(source),
+        };
+        Ok(prompts.into_iter().map(read).collect())
     }
 
     /// Most new tokens after a prompt.
@@ -339,12 +393,13 @@ impl<'a> Generation<'a> {
         let mut rows = Vec::with_capacity(prompts.len() * copies);
         for index in 0..prompts.len() * copies {
             let prompt = &prompts[index / copies];
-            let limit = generator.limit(prompt);
+            let (ids, source) = (&prompt.ids, prompt.source());
+            let limit = generator.limit(ids);
             rows.push(Row {
-                ids: prompt.clone(),
-                prompt_len: prompt.len(),
+                ids: ids.clone(),
+                prompt_len: ids.len(),
                 limit,
-                processors: LogitsProcessors::new(&config, prompt, prompt.len() + limit)?,
+                processors: LogitsProcessors::new(&config, ids, source, ids.len() + limit)?,
                 sampler: seed.map_or_else(Sampler::greedy, |seed| Sampler::random(seed, index as u64)),
                 constraint: generator.constraint.as_ref().map(Constraint::start),
                 out: generator
@@ -356,41 +411,48 @@ impl<'a> Generation<'a> {
                 finish_reason: (limit == 0).then_some(FinishReason::Length),
             });
         }
-        let total = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let total = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
         let longest = rows
             .iter()
             .map(|row| row.prompt_len + row.limit)
             .max()
             .unwrap_or(0);
         let (mut cache, mut done) = (None, 0);
-        if let (Some(past), [prompt]) = (past, prompts.as_slice()) {
+        if let (Some(past), [Prompt { ids, source: None }]) = (past, prompts.as_slice()) {
             // The last token of the prompt must run again, because its logits are needed.
             let same = past
                 .ids
                 .iter()
-                .zip(prompt)
+                .zip(ids)
                 .take_while(|(a, b)| a == b)
                 .count()
-                .min(prompt.len() - 1);
+                .min(ids.len() - 1);
             let mut old = past.cache;
-            if old.prepare(prompt.len()) && old.truncate(same) {
+            if old.prepare(ids.len()) && old.truncate(same) {
                 (cache, done) = (Some(old), same);
             }
         }
-        let padding: Vec<usize> = prompts.iter().map(|prompt| total - prompt.len()).collect();
         let kind = match config.cache_kind(longest)? {
             // Drafts that turn out wrong, and chats that go on from an earlier point, cut it back.
             CacheKind::Dynamic if single => CacheKind::Full,
             kind => kind,
         };
-        let mut cache = cache.unwrap_or_else(|| generator.model.new_cache(kind, padding));
+        let mut cache = cache.unwrap_or_else(|| new_cache(generator.model, kind, &prompts));
         cache.prepare(total);
         cache.reserve(longest.min(total + ROOM));
-        let pending = padded(prompts.iter().map(Vec::as_slice), cache.padding(), done);
+        let pending = padded(
+            prompts.iter().map(|prompt| prompt.ids.as_slice()),
+            cache.padding(),
+            done,
+        );
         let live = if rows.iter().all(|row| row.limit == 0) {
             Vec::new()
         } else {
             (0..rows.len()).collect()
+        };
+        let drafter = match &generator.draft {
+            Some(draft) => Some(Drafter::new(draft, generator.model, &config, &prompts)?),
+            None => None,
         };
         Ok(Self {
             model: generator.model,
@@ -400,7 +462,7 @@ impl<'a> Generation<'a> {
             pending,
             prompt_done: done,
             prompt_total: total,
-            drafter: generator.draft.as_ref().map(|draft| Drafter::new(draft, &config)),
+            drafter,
             deadline: config
                 .max_time
                 .and_then(|seconds| Instant::now().checked_add(Duration::try_from_secs_f64(seconds).ok()?)),
@@ -619,7 +681,8 @@ impl<'a> Generation<'a> {
     /// the same way can go on from.
     pub fn finish_with_cache(self) -> (Vec<Generated>, Option<PromptCache>) {
         let past = match self.rows.as_slice() {
-            [row] if self.cache.len() <= row.ids.len() => Some(PromptCache {
+            // What an encoder has read belongs to one prompt alone.
+            [row] if self.cache.len() <= row.ids.len() && !self.cache.has_source() => Some(PromptCache {
                 ids: row.ids[..self.cache.len()].to_vec(),
                 cache: self.cache,
             }),

@@ -22,11 +22,12 @@ pub struct LogitsProcessors(Vec<Box<dyn LogitsProcessor>>);
 
 impl LogitsProcessors {
     /// The processors that a configuration asks for, in Transformers' order, for a sequence that begins with
-    /// `prompt` and will have `max_length` tokens at most.
+    /// `prompt` and will have `max_length` tokens at most. `source` is the text that was given: the prompt, or what an
+    /// encoder has read.
     ///
     /// # Errors
     /// Where a field makes no sense.
-    pub fn new(config: &GenerationConfig, prompt: &[u32], max_length: usize) -> Result<Self> {
+    pub fn new(config: &GenerationConfig, prompt: &[u32], source: &[u32], max_length: usize) -> Result<Self> {
         config.validate()?;
         let mut all = Self::default();
         let eos = &config.eos_token_id;
@@ -37,7 +38,7 @@ impl LogitsProcessors {
             let penalty = 1.0 / config.encoder_repetition_penalty as f32;
             all.push(EncoderRepetitionPenalty {
                 penalty,
-                prompt: prompt.to_vec(),
+                source: source.to_vec(),
             });
         }
         if config.repetition_penalty != 1.0 {
@@ -60,7 +61,7 @@ impl LogitsProcessors {
         if config.encoder_no_repeat_ngram_size > 0 {
             all.push(EncoderNoRepeatNGram {
                 size: config.encoder_no_repeat_ngram_size,
-                prompt: prompt.to_vec(),
+                source: source.to_vec(),
             });
         }
         if !config.bad_words_ids.is_empty() {
@@ -225,17 +226,17 @@ impl LogitsProcessor for RepetitionPenalty {
     }
 }
 
-/// Makes tokens of the prompt likelier.
+/// Makes tokens of the source likelier.
 pub struct EncoderRepetitionPenalty {
     /// Below 1 encourages.
     pub penalty: f32,
-    /// The prompt.
-    pub prompt: Vec<u32>,
+    /// The prompt, or what an encoder has read.
+    pub source: Vec<u32>,
 }
 
 impl LogitsProcessor for EncoderRepetitionPenalty {
     fn process(&self, _: &[u32], logits: &mut [f32]) {
-        penalize(logits, &self.prompt, self.penalty);
+        penalize(logits, &self.source, self.penalty);
     }
 }
 
@@ -291,17 +292,17 @@ impl LogitsProcessor for NoRepeatNGram {
     }
 }
 
-/// No n-gram of the prompt comes again.
+/// No n-gram of the source comes again.
 pub struct EncoderNoRepeatNGram {
     /// Length of the n-grams.
     pub size: usize,
-    /// The prompt.
-    pub prompt: Vec<u32>,
+    /// The prompt, or what an encoder has read.
+    pub source: Vec<u32>,
 }
 
 impl LogitsProcessor for EncoderNoRepeatNGram {
     fn process(&self, ids: &[u32], logits: &mut [f32]) {
-        ban_repeats(&self.prompt, ids, self.size, logits);
+        ban_repeats(&self.source, ids, self.size, logits);
     }
 }
 

@@ -17,7 +17,7 @@ fn probabilities_after_processors() {
         let config = case["config"].as_object().unwrap().clone();
         let config = GenerationConfig::from_json(config, name).unwrap();
         let max_length = case["max_length"].as_u64().unwrap() as usize;
-        let processors = LogitsProcessors::new(&config, &ids("prompt"), max_length).unwrap();
+        let processors = LogitsProcessors::new(&config, &ids("prompt"), &ids("prompt"), max_length).unwrap();
         let number = |value: &Value| match value {
             Value::String(text) => text.parse().unwrap(),
             value => value.as_f64().unwrap() as f32,

@@ -5,16 +5,23 @@ use std::path::Path;
 use futures::executor::block_on;
 use oxiformers_generate::{Draft, FinishReason, GenerationConfig, Generator, Step};
 use oxiformers_hub::ModelFiles;
-use oxiformers_models::AutoModelForCausalLM;
+use oxiformers_models::{AutoModelForCausalLM, AutoModelForSeq2SeqLM, CausalLM};
 use oxiformers_nn::LoadOptions;
 use serde_json::Value;
 
-fn model(name: &str) -> AutoModelForCausalLM {
+fn files(name: &str) -> ModelFiles {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../models/tests/fixtures")
         .join(name);
-    let files = ModelFiles::from_dir(&path).unwrap();
-    AutoModelForCausalLM::from_files(&files, &LoadOptions::default()).unwrap()
+    ModelFiles::from_dir(&path).unwrap()
+}
+
+fn model(name: &str) -> AutoModelForCausalLM {
+    AutoModelForCausalLM::from_files(&files(name), &LoadOptions::default()).unwrap()
+}
+
+fn seq2seq(name: &str) -> AutoModelForSeq2SeqLM {
+    AutoModelForSeq2SeqLM::from_files(&files(&format!("seq2seq/{name}")), &LoadOptions::default()).unwrap()
 }
 
 fn config(json: Value) -> GenerationConfig {
@@ -23,13 +30,21 @@ fn config(json: Value) -> GenerationConfig {
 
 #[test]
 fn sequences_and_scores() {
-    let cases: Vec<Value> = serde_json::from_str(include_str!("fixtures/search.json")).unwrap();
+    let cases: [Vec<Value>; 2] = [
+        include_str!("fixtures/search.json"),
+        include_str!("fixtures/seq2seq.json"),
+    ]
+    .map(|json| serde_json::from_str(json).unwrap());
+    let cases = cases.concat();
     let mut worst = 0f64;
     for case in &cases {
         let name = case["name"].as_str().unwrap();
-        let model = model(case["model"].as_str().unwrap());
+        let model: Box<dyn CausalLM> = match case["model"].as_str().unwrap() {
+            name if name.starts_with("seq2seq/") => Box::new(seq2seq(&name[8..])),
+            name => Box::new(model(name)),
+        };
         let prompts: Vec<Vec<u32>> = serde_json::from_value(case["prompts"].clone()).unwrap();
-        let generator = Generator::new(&model, config(case["config"].clone()));
+        let generator = Generator::new(&*model, config(case["config"].clone()));
         let results = block_on(generator.generate(&prompts)).unwrap();
         let expected = case["results"].as_array().unwrap();
         assert_eq!(results.len(), expected.len(), "{name}");
@@ -78,9 +93,42 @@ fn longrope_switches_within_the_answer() {
     assert!(whole.iter().zip(&pieces).all(|(a, b)| (a - b).abs() < 1e-5));
 }
 
-fn check_drafts(model: &AutoModelForCausalLM, assistant: &AutoModelForCausalLM, prompt: &[u32]) {
+/// An encoder-decoder takes drafts of another one, which has read the same.
+#[test]
+fn drafts_change_nothing_after_an_encoder() {
+    let prompt = [5, 9, 5, 9, 5, 9, 7];
+    check_drafts(&seq2seq("bart"), &seq2seq("bart-scaled"), &prompt);
+    let (bart, llama) = (seq2seq("bart"), model("llama"));
+    let config = config(serde_json::json!({"decoder_start_token_id": 2}));
+    let generator = Generator::new(&bart, config).with_draft(Draft::Assistant(&llama));
+    let error = block_on(generator.generate(&[prompt.to_vec()])).unwrap_err();
+    assert!(error.to_string().contains("encoder-decoder"), "{error}");
+}
+
+#[test]
+fn sources_that_cannot_be_read() {
+    let model = seq2seq("marian-separate");
+    let generate = |source: Vec<u32>, config| block_on(Generator::new(&model, config).generate(&[source]));
+    let start = config(serde_json::json!({"decoder_start_token_id": 79}));
+    // Sources have a larger vocabulary than what is written.
+    assert!(generate(vec![95], start.clone()).is_ok());
+    let fails = |source: Vec<u32>, config, part: &str| {
+        let error = generate(source, config).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    };
+    fails(vec![96], start.clone(), "the token 96");
+    fails(vec![], start.clone(), "empty");
+    fails(vec![1; 65], start, "65 tokens");
+    fails(vec![5], GenerationConfig::default(), "decoder_start_token_id");
+    let beyond = config(serde_json::json!({"decoder_start_token_id": 80}));
+    fails(vec![5], beyond, "decoder_start_token_id");
+}
+
+fn check_drafts(model: &dyn CausalLM, assistant: &dyn CausalLM, prompt: &[u32]) {
     let prompt = vec![prompt.to_vec()];
-    let greedy = config(serde_json::json!({"max_new_tokens": 40, "eos_token_id": [999]}));
+    let greedy = config(serde_json::json!({
+        "max_new_tokens": 40, "eos_token_id": [999], "decoder_start_token_id": 2, "no_repeat_ngram_size": 3,
+    }));
     let plain = block_on(Generator::new(model, greedy.clone()).generate(&prompt)).unwrap();
     for draft in [
         Draft::PromptLookup,
@@ -109,7 +157,7 @@ fn check_drafts(model: &AutoModelForCausalLM, assistant: &AutoModelForCausalLM, 
             }
             assert_eq!(generation.finish()[0].ids, plain[0].ids);
             if let Draft::Assistant(same) = draft
-                && std::ptr::addr_eq(same, std::ptr::from_ref(model))
+                && std::ptr::addr_eq(same, model)
             {
                 assert!(steps <= 40 / 5 + 2, "a perfect draft took {steps} steps");
             }

@@ -1,5 +1,7 @@
 //! From a model's files to the model, whatever its architecture.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
@@ -7,8 +9,8 @@ use oxiformers_nn::{Cache, CacheKind, LoadOptions, LogitsFor, Weights};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::registry::{AnyConfig, AnyDecoder, MODEL_TYPES};
-use crate::{CausalLM, gguf};
+use crate::registry::{AnyConfig, AnyDecoder, AnySeq2Seq, MODEL_TYPES};
+use crate::{CausalLM, Seq2SeqLM, gguf};
 
 /// A model's configuration.
 #[derive(Debug, Clone)]
@@ -141,30 +143,41 @@ impl AutoModelForCausalLM {
     /// # Errors
     /// Where fields of the configuration contradict each other.
     pub fn from_config(config: AutoConfig, options: &LoadOptions) -> Result<Self> {
-        let range = config
-            .json
-            .get("initializer_range")
-            .and_then(Value::as_f64)
-            .unwrap_or(0.02);
-        let weights = Weights::init(options.clone(), range);
+        let weights = fresh(&config, options);
         Self::load(config, weights, options, "config")
     }
 
     fn load(config: AutoConfig, weights: Weights, options: &LoadOptions, model: &str) -> Result<Self> {
-        let wrap = |source| Error::Model {
-            model: model.to_string(),
-            source,
-        };
-        let decoder = config.architecture.load(&weights).map_err(wrap)?;
-        let ignored = config.architecture.ignored();
-        weights.ignore(|name| ignored.iter().any(|suffix| name.ends_with(suffix)));
-        weights.finish().map_err(wrap)?;
         Ok(Self {
+            decoder: build(&config, &weights, model, AnyConfig::load)?,
             config,
-            decoder,
             device: options.device.clone(),
         })
     }
+}
+
+/// Fresh parameters.
+fn fresh(config: &AutoConfig, options: &LoadOptions) -> Weights {
+    let range = config.json.get("initializer_range").and_then(Value::as_f64);
+    Weights::init(options.clone(), range.unwrap_or(0.02))
+}
+
+/// Builds a model, and checks that nothing is left over.
+fn build<M>(
+    config: &AutoConfig,
+    weights: &Weights,
+    model: &str,
+    load: impl FnOnce(&AnyConfig, &Weights) -> oxiformers_nn::Result<M>,
+) -> Result<M> {
+    let wrap = |source| Error::Model {
+        model: model.to_string(),
+        source,
+    };
+    let built = load(&config.architecture, weights).map_err(wrap)?;
+    let ignored = config.architecture.ignored();
+    weights.ignore(|name| ignored.iter().any(|suffix| name.ends_with(suffix)));
+    weights.finish().map_err(wrap)?;
+    Ok(built)
 }
 
 impl CausalLM for AutoModelForCausalLM {
@@ -186,5 +199,81 @@ impl CausalLM for AutoModelForCausalLM {
 
     fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
         self.decoder.forward(input_ids, cache, logits_for)
+    }
+}
+
+/// An encoder-decoder of any architecture: text in, text out.
+#[derive(Debug)]
+pub struct AutoModelForSeq2SeqLM {
+    /// Its configuration.
+    pub config: AutoConfig,
+    /// The model itself.
+    pub model: AnySeq2Seq,
+    device: Device,
+}
+
+impl AutoModelForSeq2SeqLM {
+    /// Loads a model from its files.
+    ///
+    /// # Errors
+    /// Whatever does not fit is named: the file, the field, the tensor.
+    pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        let config = AutoConfig::from_files(files)?;
+        let checkpoint = Checkpoint::open(files)?;
+        let weights = Weights::new(checkpoint, config.architecture.base(), options.clone());
+        Self::load(config, weights, options, files.name())
+    }
+
+    /// A model with fresh parameters; seed the device first to make them reproducible.
+    ///
+    /// # Errors
+    /// Where fields of the configuration contradict each other.
+    pub fn from_config(config: AutoConfig, options: &LoadOptions) -> Result<Self> {
+        let weights = fresh(&config, options);
+        Self::load(config, weights, options, "config")
+    }
+
+    fn load(config: AutoConfig, weights: Weights, options: &LoadOptions, model: &str) -> Result<Self> {
+        Ok(Self {
+            model: build(&config, &weights, model, AnyConfig::load_seq2seq)?,
+            config,
+            device: options.device.clone(),
+        })
+    }
+}
+
+impl CausalLM for AutoModelForSeq2SeqLM {
+    fn vocab_size(&self) -> usize {
+        self.model.vocab_size()
+    }
+
+    fn device(&self) -> Device {
+        self.device.clone()
+    }
+
+    fn max_position_embeddings(&self) -> Option<usize> {
+        self.config.architecture.max_position_embeddings()
+    }
+
+    fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache {
+        self.model.new_cache(kind, padding)
+    }
+
+    fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
+        self.model.forward(input_ids, cache, logits_for)
+    }
+
+    fn as_seq2seq(&self) -> Option<&dyn Seq2SeqLM> {
+        Some(self)
+    }
+}
+
+impl Seq2SeqLM for AutoModelForSeq2SeqLM {
+    fn source_vocab_size(&self) -> usize {
+        self.model.source_vocab_size()
+    }
+
+    fn encode(&self, input_ids: Tensor<2, Int>, tokens: Vec<Range<usize>>, cache: &mut Cache) {
+        self.model.attend_to(&self.model.encode(input_ids, tokens), cache);
     }
 }

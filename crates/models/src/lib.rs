@@ -5,17 +5,24 @@
 //! `oxiformers-nn`, loading and the registry from this crate. To add an architecture, read
 //! [`llama`] and one neighbour, then add a line to `registry.rs`.
 
-use oxiformers_nn::{Cache, CacheKind, Decoder, DecoderLayer, LogitsFor, Result, Weights};
+use std::ops::Range;
 
 use burn::tensor::{Device, Int, Tensor};
+use oxiformers_nn::seq2seq::{LmHead, TiedTables};
+use oxiformers_nn::{
+    Cache, CacheKind, Decoder, DecoderLayer, EncoderDecoder, LogitsFor, Result, Seq2SeqDecoder, Seq2SeqLayer,
+    Weights,
+};
 
 pub mod auto;
 pub mod error;
+pub mod fields;
 pub mod gguf;
 pub mod registry;
 
 mod layer_types;
 
+pub mod bart;
 pub mod bloom;
 pub mod cohere;
 pub mod deepseek_v3;
@@ -29,13 +36,19 @@ pub mod gpt_oss;
 pub mod gptj;
 pub mod granite;
 pub mod llama;
+pub mod m2m_100;
+pub mod marian;
+pub mod mbart;
 pub mod mistral;
 pub mod mixtral;
 pub mod mpt;
+pub mod mt5;
 pub mod olmo2;
 pub mod opt;
+pub mod pegasus;
 pub mod phi;
 pub mod phi3;
+pub mod plbart;
 pub mod qwen2;
 pub mod qwen2_moe;
 pub mod qwen3;
@@ -43,8 +56,10 @@ pub mod qwen3_moe;
 pub mod smollm3;
 pub mod stablelm;
 pub mod starcoder2;
+pub mod t5;
+pub mod umt5;
 
-pub use auto::{AutoConfig, AutoModelForCausalLM};
+pub use auto::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM};
 pub use error::Error;
 pub use oxiformers_nn as nn;
 
@@ -69,6 +84,45 @@ pub trait Architecture {
     fn max_position_embeddings(&self) -> Option<usize>;
 }
 
+/// What the configuration of an encoder-decoder knows: how its model is built.
+pub trait Seq2SeqArchitecture {
+    /// The layer of both halves.
+    type Layer: Seq2SeqLayer;
+
+    /// Where the base model stands within the language model's checkpoint, such as `model`.
+    const BASE: &'static str;
+
+    /// Tensors that checkpoints of this architecture may hold and the model does not need.
+    const IGNORED: &'static [&'static str] = &[];
+
+    /// Builds both halves. `tables` are token embeddings, which they and the output layer may share.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen, or a field of the configuration that contradicts another.
+    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Self::Layer>>;
+
+    /// Builds the layer that makes logits.
+    ///
+    /// # Errors
+    /// As [`base`](Self::base).
+    fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead>;
+
+    /// Longest sequence that either half was made for, if it says so.
+    fn max_position_embeddings(&self) -> Option<usize>;
+
+    /// Builds the model from its parameters.
+    ///
+    /// # Errors
+    /// As [`base`](Self::base).
+    fn load(&self, w: &Weights) -> Result<Seq2SeqDecoder<Self::Layer>> {
+        let mut tables = TiedTables::new(w);
+        Ok(Seq2SeqDecoder {
+            model: self.base(w, &mut tables)?,
+            lm_head: self.lm_head(w, &mut tables)?,
+        })
+    }
+}
+
 /// A causal language model: what decoding needs to know of it.
 pub trait CausalLM: Send + Sync {
     /// Size of the vocabulary.
@@ -86,4 +140,20 @@ pub trait CausalLM: Send + Sync {
     /// Logits `[batch, seq or 1, vocab_size]` after the tokens `input_ids` `[batch, seq]`, which are
     /// appended to `cache`.
     fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3>;
+
+    /// The same model where it is an encoder-decoder, whose decoder writes a sequence of its own for each prompt that
+    /// its encoder has read.
+    fn as_seq2seq(&self) -> Option<&dyn Seq2SeqLM> {
+        None
+    }
+}
+
+/// An encoder-decoder: what decoding needs to know of it besides its decoder.
+pub trait Seq2SeqLM: CausalLM {
+    /// Size of the vocabulary that it reads, which need not be the one that it writes with.
+    fn source_vocab_size(&self) -> usize;
+
+    /// Reads `input_ids` `[batch, source]`, and lets the sequences of `cache` look at them. `tokens` says where the real
+    /// ones of each row lie; the others are padding.
+    fn encode(&self, input_ids: Tensor<2, Int>, tokens: Vec<Range<usize>>, cache: &mut Cache);
 }

@@ -1,18 +1,25 @@
 //! The list of architectures.
 
+use std::ops::Range;
+
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
-use oxiformers_nn::{Cache, CacheKind, Decoder, LogitsFor, Weights};
+use oxiformers_nn::seq2seq::Encoded;
+use oxiformers_nn::{Cache, CacheKind, Decoder, Error, LogitsFor, Seq2SeqDecoder, Weights};
 use serde_json::Value;
 
-use crate::Architecture;
+use crate::{Architecture, Seq2SeqArchitecture};
 
 macro_rules! architectures {
-    ($($(#[$doc:meta])* $variant:ident($module:ident) = $($model_type:literal)|+;)+) => {
+    (
+        decoders { $($(#[$doc:meta])* $variant:ident($module:ident) = $($model_type:literal)|+;)+ }
+        encoder_decoders { $($(#[$s_doc:meta])* $s_variant:ident($s_module:ident) = $($s_model_type:literal)|+;)+ }
+    ) => {
         /// The configuration of any architecture.
         #[derive(Debug, Clone)]
         pub enum AnyConfig {
             $($(#[$doc])* $variant(crate::$module::Config),)+
+            $($(#[$s_doc])* $s_variant(crate::$s_module::Config),)+
         }
 
         /// A decoder of any architecture.
@@ -21,36 +28,76 @@ macro_rules! architectures {
             $($(#[$doc])* $variant(Decoder<<crate::$module::Config as Architecture>::Layer>),)+
         }
 
+        /// An encoder-decoder of any architecture.
+        #[derive(Module, Debug)]
+        pub enum AnySeq2Seq {
+            $($(#[$s_doc])* $s_variant(Seq2SeqDecoder<<crate::$s_module::Config as Seq2SeqArchitecture>::Layer>),)+
+        }
+
         /// Every `model_type` that can be loaded.
-        pub const MODEL_TYPES: &[&str] = &[$($($model_type),+),+];
+        pub const MODEL_TYPES: &[&str] = &[$($($model_type),+,)+ $($($s_model_type),+),+];
 
         impl AnyConfig {
             /// Reads the configuration of `model_type`; `None` where it is unknown.
             pub fn from_json(model_type: &str, json: Value) -> Option<serde_json::Result<Self>> {
                 match model_type {
                     $($($model_type)|+ => Some(serde_json::from_value(json).map(Self::$variant)),)+
+                    $($($s_model_type)|+ => Some(serde_json::from_value(json).map(Self::$s_variant)),)+
                     _ => None,
                 }
             }
 
-            /// Builds the model.
+            /// Builds a decoder.
             pub fn load(&self, w: &Weights) -> oxiformers_nn::Result<AnyDecoder> {
-                match self { $(Self::$variant(config) => config.load(w).map(AnyDecoder::$variant),)+ }
+                match self {
+                    $(Self::$variant(config) => config.load(w).map(AnyDecoder::$variant),)+
+                    _ => Err(Error::config("model_type", "is an encoder-decoder, no causal language model")),
+                }
+            }
+
+            /// Builds an encoder-decoder.
+            pub fn load_seq2seq(&self, w: &Weights) -> oxiformers_nn::Result<AnySeq2Seq> {
+                match self {
+                    $(Self::$s_variant(config) => config.load(w).map(AnySeq2Seq::$s_variant),)+
+                    _ => Err(Error::config("model_type", "is a causal language model, no encoder-decoder")),
+                }
+            }
+
+            /// Whether it is an encoder-decoder.
+            pub fn is_encoder_decoder(&self) -> bool {
+                matches!(self, $(Self::$s_variant(_))|+)
+            }
+
+            /// The typed configuration as JSON: fields that were not given have the architecture's defaults.
+            pub fn to_json(&self) -> serde_json::Result<Value> {
+                match self {
+                    $(Self::$variant(config) => serde_json::to_value(config),)+
+                    $(Self::$s_variant(config) => serde_json::to_value(config),)+
+                }
             }
 
             /// See [`Architecture::BASE`].
             pub fn base(&self) -> &'static str {
-                match self { $(Self::$variant(_) => <crate::$module::Config as Architecture>::BASE,)+ }
+                match self {
+                    $(Self::$variant(_) => <crate::$module::Config as Architecture>::BASE,)+
+                    $(Self::$s_variant(_) => <crate::$s_module::Config as Seq2SeqArchitecture>::BASE,)+
+                }
             }
 
             /// See [`Architecture::IGNORED`].
             pub fn ignored(&self) -> &'static [&'static str] {
-                match self { $(Self::$variant(_) => <crate::$module::Config as Architecture>::IGNORED,)+ }
+                match self {
+                    $(Self::$variant(_) => <crate::$module::Config as Architecture>::IGNORED,)+
+                    $(Self::$s_variant(_) => <crate::$s_module::Config as Seq2SeqArchitecture>::IGNORED,)+
+                }
             }
 
             /// See [`Architecture::max_position_embeddings`].
             pub fn max_position_embeddings(&self) -> Option<usize> {
-                match self { $(Self::$variant(config) => config.max_position_embeddings(),)+ }
+                match self {
+                    $(Self::$variant(config) => config.max_position_embeddings(),)+
+                    $(Self::$s_variant(config) => Seq2SeqArchitecture::max_position_embeddings(config),)+
+                }
             }
         }
 
@@ -80,62 +127,116 @@ macro_rules! architectures {
                 match self { $(Self::$variant(model) => model.logits(hidden_states),)+ }
             }
         }
+
+        impl AnySeq2Seq {
+            /// Size of the vocabulary that it writes with.
+            pub fn vocab_size(&self) -> usize {
+                match self { $(Self::$s_variant(model) => model.vocab_size(),)+ }
+            }
+
+            /// Size of the vocabulary that it reads.
+            pub fn source_vocab_size(&self) -> usize {
+                match self { $(Self::$s_variant(model) => model.source_vocab_size(),)+ }
+            }
+
+            /// See [`EncoderDecoder::new_cache`](oxiformers_nn::EncoderDecoder::new_cache).
+            pub fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache {
+                match self { $(Self::$s_variant(model) => model.model.new_cache(kind, padding),)+ }
+            }
+
+            /// See [`EncoderDecoder::encode`](oxiformers_nn::EncoderDecoder::encode).
+            pub fn encode(&self, input_ids: Tensor<2, Int>, tokens: Vec<Range<usize>>) -> Encoded {
+                match self { $(Self::$s_variant(model) => model.model.encode(input_ids, tokens),)+ }
+            }
+
+            /// See [`EncoderDecoder::attend_to`](oxiformers_nn::EncoderDecoder::attend_to).
+            pub fn attend_to(&self, encoded: &Encoded, cache: &mut Cache) {
+                match self { $(Self::$s_variant(model) => model.model.attend_to(encoded, cache),)+ }
+            }
+
+            /// See [`Seq2SeqDecoder::forward`].
+            pub fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
+                match self { $(Self::$s_variant(model) => model.forward(input_ids, cache, logits_for),)+ }
+            }
+        }
     };
 }
 
 architectures! {
-    /// BLOOM.
-    Bloom(bloom) = "bloom";
-    /// Command R.
-    Cohere(cohere) = "cohere";
-    /// DeepSeek-V3 and R1.
-    DeepseekV3(deepseek_v3) = "deepseek_v3";
-    /// Falcon.
-    Falcon(falcon) = "falcon";
-    /// Gemma.
-    Gemma(gemma) = "gemma";
-    /// Gemma 2.
-    Gemma2(gemma2) = "gemma2";
-    /// Gemma 3's language model.
-    Gemma3Text(gemma3_text) = "gemma3_text";
-    /// GPT-2.
-    Gpt2(gpt2) = "gpt2";
-    /// GPT-NeoX and Pythia.
-    GptNeoX(gpt_neox) = "gpt_neox";
-    /// gpt-oss.
-    GptOss(gpt_oss) = "gpt_oss";
-    /// GPT-J.
-    GptJ(gptj) = "gptj";
-    /// Granite.
-    Granite(granite) = "granite";
-    /// Llama.
-    Llama(llama) = "llama";
-    /// Mistral.
-    Mistral(mistral) = "mistral";
-    /// Mixtral.
-    Mixtral(mixtral) = "mixtral";
-    /// MPT.
-    Mpt(mpt) = "mpt";
-    /// OLMo 2.
-    Olmo2(olmo2) = "olmo2";
-    /// OPT.
-    Opt(opt) = "opt";
-    /// Phi-1 and Phi-2.
-    Phi(phi) = "phi";
-    /// Phi-3 and Phi-4.
-    Phi3(phi3) = "phi3";
-    /// Qwen2 and Qwen2.5.
-    Qwen2(qwen2) = "qwen2";
-    /// Qwen1.5-MoE and Qwen2-MoE.
-    Qwen2Moe(qwen2_moe) = "qwen2_moe";
-    /// Qwen3.
-    Qwen3(qwen3) = "qwen3";
-    /// Qwen3-MoE.
-    Qwen3Moe(qwen3_moe) = "qwen3_moe";
-    /// SmolLM3.
-    SmolLm3(smollm3) = "smollm3";
-    /// StableLM.
-    StableLm(stablelm) = "stablelm";
-    /// StarCoder2.
-    StarCoder2(starcoder2) = "starcoder2";
+    decoders {
+        /// BLOOM.
+        Bloom(bloom) = "bloom";
+        /// Command R.
+        Cohere(cohere) = "cohere";
+        /// DeepSeek-V3 and R1.
+        DeepseekV3(deepseek_v3) = "deepseek_v3";
+        /// Falcon.
+        Falcon(falcon) = "falcon";
+        /// Gemma.
+        Gemma(gemma) = "gemma";
+        /// Gemma 2.
+        Gemma2(gemma2) = "gemma2";
+        /// Gemma 3's language model.
+        Gemma3Text(gemma3_text) = "gemma3_text";
+        /// GPT-2.
+        Gpt2(gpt2) = "gpt2";
+        /// GPT-NeoX and Pythia.
+        GptNeoX(gpt_neox) = "gpt_neox";
+        /// gpt-oss.
+        GptOss(gpt_oss) = "gpt_oss";
+        /// GPT-J.
+        GptJ(gptj) = "gptj";
+        /// Granite.
+        Granite(granite) = "granite";
+        /// Llama.
+        Llama(llama) = "llama";
+        /// Mistral.
+        Mistral(mistral) = "mistral";
+        /// Mixtral.
+        Mixtral(mixtral) = "mixtral";
+        /// MPT.
+        Mpt(mpt) = "mpt";
+        /// OLMo 2.
+        Olmo2(olmo2) = "olmo2";
+        /// OPT.
+        Opt(opt) = "opt";
+        /// Phi-1 and Phi-2.
+        Phi(phi) = "phi";
+        /// Phi-3 and Phi-4.
+        Phi3(phi3) = "phi3";
+        /// Qwen2 and Qwen2.5.
+        Qwen2(qwen2) = "qwen2";
+        /// Qwen1.5-MoE and Qwen2-MoE.
+        Qwen2Moe(qwen2_moe) = "qwen2_moe";
+        /// Qwen3.
+        Qwen3(qwen3) = "qwen3";
+        /// Qwen3-MoE.
+        Qwen3Moe(qwen3_moe) = "qwen3_moe";
+        /// SmolLM3.
+        SmolLm3(smollm3) = "smollm3";
+        /// StableLM.
+        StableLm(stablelm) = "stablelm";
+        /// StarCoder2.
+        StarCoder2(starcoder2) = "starcoder2";
+    }
+    encoder_decoders {
+        /// BART.
+        Bart(bart) = "bart";
+        /// M2M100 and NLLB.
+        M2M100(m2m_100) = "m2m_100";
+        /// Marian, of OPUS-MT.
+        Marian(marian) = "marian";
+        /// mBART.
+        MBart(mbart) = "mbart";
+        /// mT5.
+        Mt5(mt5) = "mt5";
+        /// PEGASUS.
+        Pegasus(pegasus) = "pegasus";
+        /// PLBART.
+        PlBart(plbart) = "plbart";
+        /// T5, T5 1.1 and Flan-T5.
+        T5(t5) = "t5";
+        /// UMT5.
+        Umt5(umt5) = "umt5";
+    }
 }

@@ -2,86 +2,21 @@
 //!
 //! `fixtures/make.py` made the checkpoints and the reference.
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+use burn::tensor::FloatDType;
+use common::{Reference, TOLERANCE, largest_difference, tensor, values};
 use oxiformers_hub::ModelFiles;
-use oxiformers_hub::checkpoint::{Checkpoint, DType};
 use oxiformers_models::nn::{Cache, CacheKind, LoadOptions, LogitsFor};
 use oxiformers_models::{AutoModelForCausalLM, CausalLM, registry::MODEL_TYPES};
 
-/// Largest absolute difference of logits that are scaled to about 1.
-const TOLERANCE: f32 = 1e-4;
 /// Fixtures whose weights stay packed unless they are asked for in f32, and the largest difference while they
 /// are: activations are then quantized too.
 const QUANTIZED: [&str; 2] = ["q8_0", "mxfp4"];
 const PACKED_TOLERANCE: f32 = 5e-3;
-
-struct Reference(Checkpoint);
-
-impl Reference {
-    fn open(dir: &Path) -> Self {
-        let files = ModelFiles::from_file(&dir.join("reference.safetensors")).expect("reference");
-        Self(Checkpoint::open(&files).expect("reference"))
-    }
-
-    fn ids(&self, name: &str) -> Vec<Vec<i64>> {
-        let view = self.0.tensor(name).expect(name);
-        assert_eq!(view.dtype, DType::I64, "{name}");
-        let values: Vec<i64> = view
-            .data
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| i64::from_le_bytes(*b))
-            .collect();
-        values
-            .chunks(*view.shape.last().expect("shape"))
-            .map(<[i64]>::to_vec)
-            .collect()
-    }
-
-    fn floats(&self, name: &str) -> Vec<f32> {
-        let view = self.0.tensor(name).expect(name);
-        assert_eq!(view.dtype, DType::F32, "{name}");
-        view.data
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect()
-    }
-}
-
-fn tensor(rows: &[Vec<i64>], columns: std::ops::Range<usize>) -> Tensor<2, Int> {
-    let flat: Vec<i32> = rows
-        .iter()
-        .flat_map(|row| &row[columns.clone()])
-        .map(|id| *id as i32)
-        .collect();
-    Tensor::from_data(
-        TensorData::new(flat, [rows.len(), columns.len()]),
-        &Device::flex(),
-    )
-}
-
-fn values(logits: Tensor<3>) -> Vec<f32> {
-    logits.into_data().try_to_vec().expect("f32")
-}
-
-fn largest_difference(ours: &[f32], reference: &[f32]) -> f32 {
-    assert_eq!(ours.len(), reference.len());
-    // A NaN must not hide behind `max`.
-    let difference = |(a, b): (&f32, &f32)| {
-        if (a - b).is_nan() {
-            f32::INFINITY
-        } else {
-            (a - b).abs()
-        }
-    };
-    ours.iter().zip(reference).map(difference).fold(0.0, f32::max)
-}
 
 fn prefill(model: &dyn CausalLM, ids: &[Vec<i64>], cache: &mut Cache, upto: usize) -> Vec<f32> {
     values(model.forward(tensor(ids, 0..upto), cache, LogitsFor::All))
@@ -151,14 +86,7 @@ fn compare(files: &ModelFiles, dir: &Path, options: &LoadOptions) -> ([f32; 3], 
 }
 
 fn fixtures() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-    let mut dirs: Vec<_> = std::fs::read_dir(root)
-        .expect("fixtures")
-        .map(|entry| entry.expect("entry").path())
-        .filter(|path| path.join("reference.safetensors").exists())
-        .collect();
-    dirs.sort();
-    dirs
+    common::fixtures("")
 }
 
 /// Compares each model with the reference in its folder.
@@ -228,8 +156,8 @@ fn gguf_files_give_the_same() {
 
 #[test]
 fn every_architecture_has_a_fixture() {
-    let held: BTreeSet<String> = fixtures()
-        .iter()
+    let held: BTreeSet<String> = (fixtures().iter())
+        .chain(&common::fixtures("seq2seq"))
         .map(|dir| std::fs::read(dir.join("config.json")).expect("config.json"))
         .map(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).expect("JSON")["model_type"].clone())
         .map(|model_type| model_type.as_str().expect("model_type").to_string())

@@ -1,5 +1,7 @@
 //! The key/value cache: one object per layer.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 /// How a cache keeps what it has seen.
@@ -17,10 +19,12 @@ pub enum CacheKind {
     Full,
 }
 
-/// Keys and values of the tokens seen so far, for every layer, with the left padding of each sequence.
+/// Keys and values of the tokens seen so far, for every layer, with the left padding of each sequence; for the decoder
+/// of an encoder-decoder, also those of what the encoder has read.
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<LayerCache>,
+    source: Option<Source>,
     padding: Vec<usize>,
     len: usize,
     /// Length that the sequences are to have, as far as is known.
@@ -49,6 +53,7 @@ impl Cache {
             .collect();
         Self {
             layers,
+            source: None,
             padding,
             len: 0,
             context: 0,
@@ -86,9 +91,31 @@ impl Cache {
         self.len += seq;
     }
 
+    /// Sets what decoders attend to besides their own tokens: keys and values `[batch, heads, source, head_dim]` of
+    /// each layer, and where the real tokens of each sequence lie.
+    pub fn set_source(&mut self, layers: Vec<(Tensor<4>, Tensor<4>)>, tokens: Vec<Range<usize>>) {
+        self.source = Some(Source {
+            layers,
+            rows: (0..tokens.len()).collect(),
+            tokens,
+        });
+    }
+
+    /// Whether there is a source.
+    pub fn has_source(&self) -> bool {
+        self.source.is_some()
+    }
+
+    pub(crate) fn source(&self) -> Option<&Source> {
+        self.source.as_ref()
+    }
+
     /// Keeps the sequences `rows`, in that order; a row may be named several times.
     pub fn select(&mut self, rows: &[usize]) {
         self.padding = rows.iter().map(|row| self.padding[*row]).collect();
+        if let Some(source) = &mut self.source {
+            source.select(rows);
+        }
         for layer in &mut self.layers {
             if let Some((keys, values)) = layer.entries.take() {
                 let ids = row_ids(rows, &keys.device());
@@ -167,6 +194,7 @@ impl Cache {
         self.layers
             .iter()
             .filter_map(|layer| layer.entries.as_ref())
+            .chain(self.source.iter().flat_map(|source| &source.layers))
             .map(|(k, v)| (k.shape().num_elements() + v.shape().num_elements()) * k.dtype().size())
             .sum()
     }
@@ -176,6 +204,34 @@ fn row_ids(rows: &[usize], device: &Device) -> Tensor<1, Int> {
     let ids: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
     let len = ids.len();
     Tensor::from_data(TensorData::new(ids, [len]), device)
+}
+
+/// What decoders attend to besides their own tokens.
+#[derive(Debug, Clone)]
+pub(crate) struct Source {
+    /// Keys and values of each layer: `[batch, heads, source, head_dim]`.
+    pub(crate) layers: Vec<(Tensor<4>, Tensor<4>)>,
+    /// Where the real tokens of each sequence lie.
+    pub(crate) tokens: Vec<Range<usize>>,
+    /// Which of the sources that were set each sequence has.
+    rows: Vec<usize>,
+}
+
+impl Source {
+    fn select(&mut self, rows: &[usize]) {
+        let selected: Vec<usize> = rows.iter().map(|row| self.rows[*row]).collect();
+        // Beams change places among those of the same source.
+        if selected == self.rows {
+            return;
+        }
+        self.rows = selected;
+        self.tokens = rows.iter().map(|row| self.tokens[*row].clone()).collect();
+        for (keys, values) in &mut self.layers {
+            let ids = row_ids(rows, &keys.device());
+            *keys = keys.clone().select(0, ids.clone());
+            *values = values.clone().select(0, ids);
+        }
+    }
 }
 
 /// Keys and values of one layer, in buffers with room at the end.
@@ -347,5 +403,24 @@ mod tests {
             keys.into_data().iter::<i32>().collect::<Vec<_>>(),
             [2, 0, 2, 0, 1, 0]
         );
+    }
+
+    #[test]
+    fn sources_follow_their_rows() {
+        let mut cache = Cache::new(CacheKind::Dynamic, &[None], vec![0, 0]);
+        let keys = Tensor::<4>::from_data(TensorData::new(vec![1.0f32, 2.0], [2, 1, 1, 1]), &Device::flex());
+        cache.set_source(vec![(keys.clone(), keys)], vec![0..4, 0..7]);
+        for (rows, lengths) in [
+            (vec![0, 0, 1, 1], [4, 4, 7, 7]),
+            (vec![1, 0, 3, 3], [4, 4, 7, 7]),
+            (vec![2, 1, 0, 3], [7, 4, 4, 7]),
+        ] {
+            cache.select(&rows);
+            let source = cache.source().expect("source");
+            assert_eq!(source.tokens, lengths.map(|length| 0..length));
+            let keys: Vec<f32> = source.layers[0].0.to_data().iter::<f32>().collect();
+            let expected = lengths.map(|length| if length == 4 { 1.0 } else { 2.0 });
+            assert_eq!(keys, expected);
+        }
     }
 }

@@ -17,6 +17,7 @@ pub struct Context<'a> {
     seq: usize,
     layer: usize,
     bias: Option<Tensor<4>>,
+    source_mask: Option<Rc<Mask>>,
     masks: HashMap<(Option<usize>, usize), Rc<Mask>>,
     ropes: HashMap<usize, (Tensor<4>, Tensor<4>)>,
 }
@@ -51,6 +52,7 @@ impl<'a> Context<'a> {
             seq,
             layer: 0,
             bias: None,
+            source_mask: None,
             masks: HashMap::new(),
             ropes: HashMap::new(),
         }
@@ -154,6 +156,23 @@ impl<'a> Context<'a> {
             Past::Cache(cache) => cache.layer(self.layer).update(keys, values),
             Past::None(_) => (keys, values),
         }
+    }
+
+    /// Keys and values of what an encoder has read, for the running layer, and which of them are seen; none where
+    /// nothing has been read.
+    pub(crate) fn source(&mut self) -> Option<(Tensor<4>, Tensor<4>, Rc<Mask>)> {
+        let Past::Cache(cache) = &self.past else {
+            return None;
+        };
+        let source = cache.source()?;
+        let (keys, values) = source.layers.get(self.layer)?.clone();
+        let mask = self.source_mask.get_or_insert_with(|| {
+            Rc::new(Mask::new(Visible::Range {
+                tokens: source.tokens.clone(),
+                reach: None,
+            }))
+        });
+        Some((keys, values, mask.clone()))
     }
 
     /// The mask of the running layer. Ask before [`update`](Self::update).

@@ -157,6 +157,24 @@ impl Weights {
         self.stored(&self.full(name)).is_some()
     }
 
+    /// Whether both names are stored, with the same shape and values; the second one is then known.
+    pub fn same(&self, name: &str, other: &str) -> bool {
+        let view = |name: &str| {
+            let full = self.full(name);
+            let stored = self.stored(&full)?;
+            let view = self.shared.source.as_ref()?.tensor(stored).ok()?;
+            Some((stored.to_string(), view))
+        };
+        let (Some((_, first)), Some((stored, second))) = (view(name), view(other)) else {
+            return false;
+        };
+        let same = first.dtype == second.dtype && first.shape == second.shape && first.data == second.data;
+        if same {
+            lock(&self.shared.used).insert(stored);
+        }
+        same
+    }
+
     /// A dense parameter of the given shape.
     pub fn param<const D: usize>(
         &self,

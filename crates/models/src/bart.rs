@@ -1,0 +1,290 @@
+//! BART (Lewis et al., 2020): learned positions, a norm of the embeddings, and layer norms after both parts of a layer.
+//! Its layer and the way it is put together serve all encoder-decoders with plain attention.
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use oxiformers_nn::seq2seq::{LmHead, TiedTables, load_logits_bias};
+use oxiformers_nn::{
+    Activation, Attention, AttentionConfig, Context, CrossAttention, DecoderLayer, EncoderDecoder, LayerNorm,
+    Mlp, Positions, Result, Seq2SeqLayer, Stack, Weights,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::Seq2SeqArchitecture;
+use crate::fields::one_or_more;
+
+const EPS: f64 = 1e-5;
+
+/// The fields of `config.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct Config {
+    pub vocab_size: usize,
+    pub max_position_embeddings: usize,
+    pub encoder_layers: usize,
+    pub encoder_ffn_dim: usize,
+    pub encoder_attention_heads: usize,
+    pub decoder_layers: usize,
+    pub decoder_ffn_dim: usize,
+    pub decoder_attention_heads: usize,
+    pub activation_function: Activation,
+    pub d_model: usize,
+    pub init_std: f64,
+    pub scale_embedding: bool,
+    pub pad_token_id: Option<u32>,
+    pub bos_token_id: Option<u32>,
+    #[serde(deserialize_with = "one_or_more")]
+    pub eos_token_id: Vec<u32>,
+    pub decoder_start_token_id: Option<u32>,
+    #[serde(deserialize_with = "one_or_more")]
+    pub forced_eos_token_id: Vec<u32>,
+    pub tie_word_embeddings: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vocab_size: 50_265,
+            max_position_embeddings: 1024,
+            encoder_layers: 12,
+            encoder_ffn_dim: 4096,
+            encoder_attention_heads: 16,
+            decoder_layers: 12,
+            decoder_ffn_dim: 4096,
+            decoder_attention_heads: 16,
+            activation_function: Activation::Gelu,
+            d_model: 1024,
+            init_std: 0.02,
+            scale_embedding: false,
+            pad_token_id: Some(1),
+            bos_token_id: Some(0),
+            eos_token_id: vec![2],
+            decoder_start_token_id: Some(2),
+            forced_eos_token_id: vec![2],
+            tie_word_embeddings: true,
+        }
+    }
+}
+
+/// What the members of the family differ in.
+#[derive(Debug, Clone)]
+pub struct Family {
+    /// Whether layer norms stand before the parts of a layer, and one at the end, instead of after each part.
+    pub norm_before: bool,
+    /// Whether there is a norm after the last layer.
+    pub final_norm: bool,
+    /// Whether the embeddings are normalized.
+    pub embedding_norm: bool,
+    /// Absolute positions.
+    pub positions: PositionKind,
+    /// Size of the vocabulary that is written with, where it has tables of its own.
+    pub target_vocab_size: Option<usize>,
+}
+
+/// Absolute positions of a member of the family.
+#[derive(Debug, Clone, Copy)]
+pub enum PositionKind {
+    /// A learned table with so many unused rows before it.
+    Learned {
+        /// Number of rows.
+        offset: usize,
+    },
+    /// See [`Positions::sinusoidal`].
+    Sinusoidal {
+        /// What the first position is counted as.
+        offset: usize,
+        /// Whether the longest wavelength is 10000 · 2π.
+        inclusive: bool,
+    },
+}
+
+/// One layer of the encoder, or of the decoder, which also looks at what the encoder has read.
+#[derive(Module, Debug)]
+pub struct Layer {
+    self_attn: Attention,
+    self_attn_layer_norm: LayerNorm,
+    encoder_attn: Option<CrossAttention>,
+    encoder_attn_layer_norm: Option<LayerNorm>,
+    mlp: Mlp,
+    final_layer_norm: LayerNorm,
+    norm_before: bool,
+}
+
+impl Layer {
+    /// A part of the layer with its norm and the way around it.
+    fn part(&self, norm: &LayerNorm, x: Tensor<3>, f: impl FnOnce(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
+        if self.norm_before {
+            x.clone() + f(norm.forward(x))
+        } else {
+            norm.forward(x.clone() + f(x))
+        }
+    }
+}
+
+impl DecoderLayer for Layer {
+    fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
+        let mut x = self.part(&self.self_attn_layer_norm, x, |x| self.self_attn.forward(x, cx));
+        if let (Some(attention), Some(norm)) = (&self.encoder_attn, &self.encoder_attn_layer_norm) {
+            x = self.part(norm, x, |x| attention.forward(x, cx));
+        }
+        self.part(&self.final_layer_norm, x, |x| self.mlp.forward(x))
+    }
+}
+
+impl Seq2SeqLayer for Layer {
+    fn cross_attention(&self) -> Option<&CrossAttention> {
+        self.encoder_attn.as_ref()
+    }
+}
+
+impl Config {
+    fn layer(&self, w: &Weights, family: &Family, decoder: bool) -> Result<Layer> {
+        const NAMES: [&str; 4] = ["q_proj", "k_proj", "v_proj", "out_proj"];
+        let hidden = self.d_model;
+        let (heads, inner) = if decoder {
+            (self.decoder_attention_heads, self.decoder_ffn_dim)
+        } else {
+            (self.encoder_attention_heads, self.encoder_ffn_dim)
+        };
+        let attention = AttentionConfig {
+            qkv_bias: true,
+            out_bias: true,
+            ..AttentionConfig::new(hidden, heads, heads, hidden / heads.max(1))
+        };
+        let norm = |name| LayerNorm::load(&w.pp(name), hidden, EPS, true);
+        let (encoder_attn, encoder_attn_layer_norm) = if decoder {
+            let w = w.pp("encoder_attn");
+            let cross = CrossAttention::load_named(&w, NAMES, hidden, attention.clone())?;
+            (Some(cross), Some(norm("encoder_attn_layer_norm")?))
+        } else {
+            (None, None)
+        };
+        Ok(Layer {
+            self_attn: Attention::load_named(&w.pp("self_attn"), NAMES, attention)?,
+            self_attn_layer_norm: norm("self_attn_layer_norm")?,
+            encoder_attn,
+            encoder_attn_layer_norm,
+            mlp: Mlp::load(w, ["fc1", "fc2"], hidden, inner, self.activation_function, true)?,
+            final_layer_norm: norm("final_layer_norm")?,
+            norm_before: family.norm_before,
+        })
+    }
+
+    fn stack(
+        &self,
+        w: &Weights,
+        tables: &mut TiedTables,
+        family: &Family,
+        decoder: bool,
+    ) -> Result<Stack<Layer>> {
+        let hidden = self.d_model;
+        let (half, other, layers) = match decoder {
+            true => ("decoder", "encoder", self.decoder_layers),
+            false => ("encoder", "decoder", self.encoder_layers),
+        };
+        let [own, other] = [half, other].map(|half| format!("model.{half}.embed_tokens"));
+        let embed_tokens = match family.target_vocab_size {
+            Some(size) => tables.load(&own, &[], if decoder { size } else { self.vocab_size }, hidden)?,
+            None => tables.load(
+                &own,
+                &["model.shared", &other, "lm_head"],
+                self.vocab_size,
+                hidden,
+            )?,
+        };
+        let w = w.pp("model").pp(half);
+        let positions = match family.positions {
+            PositionKind::Learned { offset } => {
+                let count = self.max_position_embeddings;
+                Positions::learned(&w.pp("embed_positions"), count, hidden, offset)?
+            }
+            PositionKind::Sinusoidal { offset, inclusive } => {
+                Positions::sinusoidal(hidden, offset, inclusive)?
+            }
+        };
+        let norm = |name, wanted| match wanted {
+            true => LayerNorm::load(&w.pp(name), hidden, EPS, true).map(|norm| Some(norm.into())),
+            false => Ok(None),
+        };
+        let layers = (0..layers).map(|i| self.layer(&w.pp("layers").pp(i), family, decoder));
+        Ok(Stack {
+            embed_tokens,
+            embed_scale: if self.scale_embedding {
+                (hidden as f64).sqrt()
+            } else {
+                1.0
+            },
+            embed_positions: Some(positions),
+            embed_norm: norm("layernorm_embedding", family.embedding_norm)?,
+            layers: layers.collect::<Result<_>>()?,
+            norm: norm("layer_norm", family.final_norm)?,
+        })
+    }
+
+    /// Builds both halves of a member of the family.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen, or a field that contradicts another.
+    pub fn base_of(
+        &self,
+        w: &Weights,
+        tables: &mut TiedTables,
+        family: &Family,
+    ) -> Result<EncoderDecoder<Layer>> {
+        // Nobody reads it where both halves have tables of their own.
+        w.ignore(|name| name.ends_with("shared.weight"));
+        Ok(EncoderDecoder {
+            encoder: self.stack(w, tables, family, false)?,
+            decoder: self.stack(w, tables, family, true)?,
+        })
+    }
+
+    /// Builds the layer that makes logits of a member of the family.
+    ///
+    /// # Errors
+    /// As [`base_of`](Self::base_of).
+    pub fn lm_head_of(&self, w: &Weights, tables: &mut TiedTables, family: &Family) -> Result<LmHead> {
+        const SHARED: [&str; 3] = [
+            "model.shared",
+            "model.decoder.embed_tokens",
+            "model.encoder.embed_tokens",
+        ];
+        let (tied, vocab_size) = match (self.tie_word_embeddings, family.target_vocab_size) {
+            (false, size) => (&[][..], size.unwrap_or(self.vocab_size)),
+            (true, None) => (&SHARED[..], self.vocab_size),
+            (true, Some(size)) => (&SHARED[1..2], size),
+        };
+        let mut linear = tables
+            .load("lm_head", tied, vocab_size, self.d_model)?
+            .tied_output();
+        linear.bias = load_logits_bias(w, "final_logits_bias", vocab_size)?;
+        Ok(LmHead { linear, scale: 1.0 })
+    }
+}
+
+pub(crate) const FAMILY: Family = Family {
+    norm_before: false,
+    final_norm: false,
+    embedding_norm: true,
+    positions: PositionKind::Learned { offset: 2 },
+    target_vocab_size: None,
+};
+
+impl Seq2SeqArchitecture for Config {
+    type Layer = Layer;
+    const BASE: &'static str = "model";
+    const IGNORED: &'static [&'static str] = &["encoder.version", "decoder.version"];
+
+    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
+        self.base_of(w, tables, &FAMILY)
+    }
+
+    fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead> {
+        self.lm_head_of(w, tables, &FAMILY)
+    }
+
+    fn max_position_embeddings(&self) -> Option<usize> {
+        Some(self.max_position_embeddings)
+    }
+}

@@ -1,0 +1,55 @@
+//! UMT5 (Chung et al., 2023): mT5 with a bias for relative positions in each layer, and a scaled output.
+
+use oxiformers_nn::seq2seq::{LmHead, TiedTables};
+use oxiformers_nn::{EncoderDecoder, Result, Weights};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::Seq2SeqArchitecture;
+use crate::fields::over_defaults;
+use crate::t5::{self, IGNORED, Layer};
+
+/// The fields of `config.json`: T5's, with other defaults.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "Value")]
+pub struct Config(pub t5::Config);
+
+impl Default for Config {
+    fn default() -> Self {
+        Self(t5::Config {
+            vocab_size: 250_112,
+            d_ff: 1024,
+            num_layers: 8,
+            num_heads: 6,
+            feed_forward_proj: "gated-gelu".to_string(),
+            decoder_start_token_id: Some(0),
+            ..t5::Config::default()
+        })
+    }
+}
+
+impl TryFrom<Value> for Config {
+    type Error = serde_json::Error;
+
+    fn try_from(json: Value) -> serde_json::Result<Self> {
+        over_defaults(&Self::default().0, json).map(Self)
+    }
+}
+
+impl Seq2SeqArchitecture for Config {
+    type Layer = Layer;
+    const BASE: &'static str = "";
+    const IGNORED: &'static [&'static str] = IGNORED;
+
+    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
+        self.0.base_of(w, tables, true)
+    }
+
+    fn lm_head(&self, _: &Weights, tables: &mut TiedTables) -> Result<LmHead> {
+        self.0.lm_head_of(tables, true)
+    }
+
+    fn max_position_embeddings(&self) -> Option<usize> {
+        None
+    }
+}
