@@ -16,7 +16,7 @@ pub struct Cli {
 pub enum Command {
     /// Talk to a model.
     Chat(ChatArgs),
-    /// Continue a prompt.
+    /// Continue a prompt, or answer it with an encoder-decoder.
     Generate(GenerateArgs),
     /// Measure how well a model predicts a text.
     Perplexity(PerplexityArgs),
@@ -122,7 +122,7 @@ pub struct ChatArgs {
 pub struct GenerateArgs {
     #[arg(help = MODEL_HELP)]
     pub model: String,
-    /// The text to continue; `-` reads standard input.
+    /// The text to continue, or for an encoder-decoder to read; `-` reads standard input.
     #[arg(long)]
     pub prompt: String,
     /// Put the prompt into the model's chat template, as a user's message.

@@ -1,4 +1,4 @@
-//! `oxiformers generate`: continue a prompt.
+//! `oxiformers generate`: continue a prompt, or answer it with what an encoder-decoder makes of it.
 
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use oxiformers::{
-    Constraint, Draft, FinishReason, Generated, Grammar, LanguageModel, Message, RenderOptions, Step,
-    block_on,
+    Constraint, Draft, FinishReason, Generated, Grammar, Message, RenderOptions, Step, block_on,
 };
 use serde_json::json;
 
 use crate::args::GenerateArgs;
-use crate::{interrupt, session};
+use crate::interrupt;
+use crate::session::TextModel;
 
 /// Without a limit from the user or the model.
 const MAX_NEW_TOKENS: usize = 256;
@@ -21,21 +21,28 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let prompt = read_prompt(&args.prompt)?;
     let grammar = grammar(args)?;
     let begin = Instant::now();
-    let model = session::load(Some(&args.model), &args.run)?;
+    let model = TextModel::load(&args.model, &args.run)?;
     let assistant = match &args.assistant {
         Some(name) => Some(load_assistant(name, args, &model)?),
         None => None,
     };
     let load_s = begin.elapsed().as_secs_f64();
 
-    let mut config = args.sampling.apply(model.generation_config.clone())?;
+    let mut config = args.sampling.apply(model.generation_config().clone())?;
     if config.max_new_tokens.is_none() && config.max_length.is_none() {
         config.max_new_tokens = Some(MAX_NEW_TOKENS);
     }
-    let ids = if args.chat {
-        model.encode_chat(&[Message::user(prompt)], &RenderOptions::generation())?
-    } else {
-        model.tokenizer.encode(&prompt, true)?
+    let ids = match (&model, args.chat) {
+        (_, false) => model.tokenizer().encode(&prompt, true)?,
+        (TextModel::Language(model), true) => {
+            model.encode_chat(&[Message::user(prompt)], &RenderOptions::generation())?
+        }
+        (TextModel::Seq2Seq(model), true) => {
+            bail!(
+                "--chat: {} is an encoder-decoder, which has no chat template",
+                model.name
+            )
+        }
     };
     // Beams have no steps, and several texts at once cannot be streamed to one place.
     let whole = config.num_beams > 1 || config.num_return_sequences > 1;
@@ -45,12 +52,12 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     }
     let mut generator = model.generator(config);
     if let Some(grammar) = grammar {
-        use oxiformers::CausalLM;
-        let vocab_size = model.model.vocab_size();
-        generator = generator.with_constraint(Constraint::new(&grammar, &model.tokenizer, vocab_size, &eos)?);
+        let vocab_size = model.network().vocab_size();
+        generator =
+            generator.with_constraint(Constraint::new(&grammar, model.tokenizer(), vocab_size, &eos)?);
     }
     if let Some(assistant) = &assistant {
-        generator = generator.with_draft(Draft::Assistant(&assistant.model));
+        generator = generator.with_draft(Draft::Assistant(assistant.network()));
     } else if args.prompt_lookup.is_some() {
         generator = generator.with_draft(Draft::PromptLookup);
     }
@@ -162,10 +169,10 @@ fn grammar(args: &GenerateArgs) -> anyhow::Result<Option<Grammar>> {
     })
 }
 
-fn load_assistant(name: &str, args: &GenerateArgs, model: &LanguageModel) -> anyhow::Result<LanguageModel> {
-    let assistant = session::load(Some(name), &args.run)?;
+fn load_assistant(name: &str, args: &GenerateArgs, model: &TextModel) -> anyhow::Result<TextModel> {
+    let assistant = TextModel::load(name, &args.run)?;
     let probe = "The quick brown fox: 3.14, naïve 日本語\n\tend";
-    if assistant.tokenizer.encode(probe, false)? != model.tokenizer.encode(probe, false)? {
+    if assistant.tokenizer().encode(probe, false)? != model.tokenizer().encode(probe, false)? {
         bail!(
             "--assistant {name}: its tokenizer is not that of {}; drafts need the same tokens",
             args.model

@@ -3,7 +3,9 @@
 use anyhow::bail;
 use oxiformers::hub::{Bars, FetchOptions, ModelFiles, Source, default_chat_model, resolve};
 use oxiformers::nn::LoadOptions;
-use oxiformers::{GenerationConfig, LanguageModel, device};
+use oxiformers::{
+    AutoConfig, CausalLM, GenerationConfig, Generator, LanguageModel, Seq2SeqModel, Tokenizer, device,
+};
 use serde_json::{Map, Value};
 
 use crate::args::{Dtype, RunArgs, SamplingArgs};
@@ -22,8 +24,57 @@ pub fn files(model: Option<&str>) -> anyhow::Result<ModelFiles> {
     })
 }
 
-/// Loads a model.
+/// Loads a language model.
 pub fn load(model: Option<&str>, run: &RunArgs) -> anyhow::Result<LanguageModel> {
+    Ok(LanguageModel::from_files(&files(model)?, &options(run)?)?)
+}
+
+/// A model that answers a text with a text: by continuing it, or by an encoder that reads and a decoder that writes.
+pub enum TextModel {
+    Language(Box<LanguageModel>),
+    Seq2Seq(Box<Seq2SeqModel>),
+}
+
+impl TextModel {
+    /// Loads a model of either kind.
+    pub fn load(model: &str, run: &RunArgs) -> anyhow::Result<Self> {
+        let (files, options) = (files(Some(model))?, options(run)?);
+        let reads =
+            files.gguf().is_none() && AutoConfig::from_files(&files)?.architecture.is_encoder_decoder();
+        Ok(if reads {
+            Self::Seq2Seq(Box::new(Seq2SeqModel::from_files(&files, &options)?))
+        } else {
+            Self::Language(Box::new(LanguageModel::from_files(&files, &options)?))
+        })
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        match self {
+            Self::Language(model) => &model.tokenizer,
+            Self::Seq2Seq(model) => &model.tokenizer,
+        }
+    }
+
+    pub fn generation_config(&self) -> &GenerationConfig {
+        match self {
+            Self::Language(model) => &model.generation_config,
+            Self::Seq2Seq(model) => &model.generation_config,
+        }
+    }
+
+    pub fn network(&self) -> &dyn CausalLM {
+        match self {
+            Self::Language(model) => &model.model,
+            Self::Seq2Seq(model) => &model.model,
+        }
+    }
+
+    pub fn generator(&self, config: GenerationConfig) -> Generator<'_> {
+        Generator::new(self.network(), config).with_tokenizer(self.tokenizer())
+    }
+}
+
+fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
     if let Some(threads) = run.threads {
         device::set_threads(threads.into());
     }
@@ -33,12 +84,10 @@ pub fn load(model: Option<&str>, run: &RunArgs) -> anyhow::Result<LanguageModel>
         Dtype::F16 => Some(oxiformers::FloatDType::F16),
         Dtype::Bf16 => Some(oxiformers::FloatDType::BF16),
     };
-    let options = LoadOptions {
+    Ok(LoadOptions {
         device: device::parse(&run.device)?,
         dtype,
-    };
-    let files = files(model)?;
-    Ok(LanguageModel::from_files(&files, &options)?)
+    })
 }
 
 impl SamplingArgs {

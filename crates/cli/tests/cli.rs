@@ -22,7 +22,14 @@ fn json(command: &mut Command) -> Value {
 
 /// A folder with a tiny Llama (random weights), a word-piece tokenizer of 96 words and a chat template.
 fn tiny_model() -> tempfile::TempDir {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures/llama");
+    tiny_model_from("llama")
+}
+
+/// The same with another fixture's model.
+fn tiny_model_from(name: &str) -> tempfile::TempDir {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../models/tests/fixtures")
+        .join(name);
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {
         std::fs::copy(fixture.join(name), folder.path().join(name)).unwrap();
@@ -133,6 +140,47 @@ fn errors_say_what_to_do() {
     )
     .unwrap();
     fails(&["generate", path, "--prompt", "hello"], "model.safetensors");
+}
+
+#[test]
+fn encoder_decoders_generate() {
+    let tiny = tiny_model_from("seq2seq/t5");
+    let path = tiny.path().to_str().unwrap();
+    let run = |extra: &[&str]| {
+        let mut command = oxiformers();
+        let prompt = [
+            "generate",
+            path,
+            "--prompt",
+            "hello world",
+            "--json",
+            "--max-new-tokens",
+            "6",
+            // What stands for no text.
+            "--set",
+            "suppress_tokens=[0,1,2,3,4]",
+        ];
+        command.args(prompt).args(extra);
+        json(&mut command)
+    };
+    let report = run(&["--greedy"]);
+    assert_eq!(report["prompt_ids"].as_array().unwrap().len(), 4);
+    assert_eq!(report["ids"].as_array().unwrap().len(), 6);
+    assert!(!report["text"].as_str().unwrap().is_empty());
+    assert_eq!(report["ids"], run(&["--greedy", "--assistant", path])["ids"]);
+    let several = run(&["--num-beams", "3", "--set", "num_return_sequences=2"]);
+    assert_eq!(several["sequences"].as_array().unwrap().len(), 2);
+    oxiformers()
+        .args(["generate", path, "--prompt", "hello", "--chat"])
+        .assert()
+        .failure()
+        .stderr(contains("encoder-decoder"));
+    oxiformers()
+        .args(["chat", path])
+        .write_stdin("hello\n")
+        .assert()
+        .failure()
+        .stderr(contains("model_type"));
 }
 
 #[test]

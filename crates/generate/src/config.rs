@@ -1,6 +1,7 @@
 //! How text is generated: `generation_config.json`.
 
 use oxiformers_hub::ModelFiles;
+use oxiformers_models::AutoConfig;
 use oxiformers_models::fields::one_or_more;
 use oxiformers_nn::CacheKind;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -196,18 +197,27 @@ const UNSUPPORTED: [(&str, Value); 8] = [
 ];
 
 impl GenerationConfig {
-    /// Reads `generation_config.json`, else the same fields of an old `config.json`; the defaults where a model
-    /// has neither.
+    /// Reads `generation_config.json`, else the same fields of an old `config.json` and the defaults that its
+    /// architecture has for them; the defaults where a model has neither.
     ///
     /// # Errors
     /// Where a file cannot be read, or a field does not fit.
     pub fn from_files(files: &ModelFiles) -> Result<Self> {
-        for name in ["generation_config.json", "config.json"] {
-            if let Some(json) = files.json::<Map<String, Value>>(name)? {
-                return Self::from_json(json, &files.describe(name));
+        let read = |name| files.json::<Map<String, Value>>(name);
+        if let Some(json) = read("generation_config.json")? {
+            return Self::from_json(json, &files.describe("generation_config.json"));
+        }
+        let Some(mut json) = read("config.json")? else {
+            return Ok(Self::default());
+        };
+        // A model that is not known here may still have settings.
+        let config = AutoConfig::from_json(Value::Object(json.clone()), files.name()).ok();
+        if let Some(Ok(Value::Object(all))) = config.map(|config| config.architecture.to_json()) {
+            for (field, value) in all {
+                json.entry(field).or_insert(value);
             }
         }
-        Ok(Self::default())
+        Self::from_json(json, &files.describe("config.json"))
     }
 
     /// Reads the contents of a `generation_config.json`; `file` is its name in messages.

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use oxiformers_hub::ModelFiles;
-use oxiformers_models::AutoModelForCausalLM;
 use oxiformers_models::nn::LoadOptions;
+use oxiformers_models::{AutoModelForCausalLM, AutoModelForSeq2SeqLM};
 use serde_json::{Value, json};
 
 fn fixtures() -> PathBuf {
@@ -19,7 +19,11 @@ fn read(path: &Path) -> Bytes {
 
 /// Loads, and says how it went if that was a panic.
 fn panics(files: &ModelFiles) -> bool {
-    let load = || AutoModelForCausalLM::from_files(files, &LoadOptions::default()).map(drop);
+    let options = LoadOptions::default();
+    let load = || {
+        let decoder = AutoModelForCausalLM::from_files(files, &options).map(drop);
+        decoder.or_else(|_| AutoModelForSeq2SeqLM::from_files(files, &options).map(drop))
+    };
     catch_unwind(AssertUnwindSafe(load)).is_err()
 }
 
@@ -49,8 +53,9 @@ fn no_number_of_a_config_panics() {
         json!(0.5),
         json!(1e300),
     ];
-    let mut dirs: Vec<_> = std::fs::read_dir(fixtures())
-        .expect("fixtures")
+    let mut dirs: Vec<_> = [fixtures(), fixtures().join("seq2seq")]
+        .into_iter()
+        .flat_map(|folder| std::fs::read_dir(folder).expect("fixtures"))
         .map(|e| e.expect("entry").path())
         .collect();
     dirs.sort();

@@ -2,11 +2,11 @@
 
 use oxiformers_generate::GenerationConfig;
 use oxiformers_hub::ModelFiles;
-use oxiformers_models::{AutoConfig, AutoModelForCausalLM};
+use oxiformers_models::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM};
 use oxiformers_nn::LoadOptions;
 use oxiformers_processors::Tokenizer;
 
-use crate::{LanguageModel, Result};
+use crate::{LanguageModel, Result, Seq2SeqModel};
 
 /// Loading by name, as Transformers' Auto classes do: the files say what the model is.
 ///
@@ -52,6 +52,12 @@ impl FromPretrained for AutoModelForCausalLM {
     }
 }
 
+impl FromPretrained for AutoModelForSeq2SeqLM {
+    fn from_model_files(files: &ModelFiles) -> Result<Self> {
+        Ok(Self::from_files(files, &LoadOptions::default())?)
+    }
+}
+
 impl FromPretrained for Tokenizer {
     fn from_model_files(files: &ModelFiles) -> Result<Self> {
         Ok(Self::from_files(files)?)
@@ -65,6 +71,12 @@ impl FromPretrained for GenerationConfig {
 }
 
 impl FromPretrained for LanguageModel {
+    fn from_model_files(files: &ModelFiles) -> Result<Self> {
+        Self::from_files(files, &LoadOptions::default())
+    }
+}
+
+impl FromPretrained for Seq2SeqModel {
     fn from_model_files(files: &ModelFiles) -> Result<Self> {
         Self::from_files(files, &LoadOptions::default())
     }

@@ -68,7 +68,7 @@ impl LanguageModel {
 }
 
 /// The model's own settings, completed by what its tokenizer and a GGUF's metadata know of special tokens.
-fn generation_config(files: &ModelFiles, tokenizer: &Tokenizer) -> Result<GenerationConfig> {
+pub(crate) fn generation_config(files: &ModelFiles, tokenizer: &Tokenizer) -> Result<GenerationConfig> {
     let mut config = GenerationConfig::from_files(files)?;
     let eos = &mut config.eos_token_id;
     if eos.is_empty() {

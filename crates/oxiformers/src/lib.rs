@@ -16,7 +16,8 @@
 //! }
 //! ```
 //!
-//! [`LanguageModel`] puts the parts together that a checkpoint consists of. The parts live in rooms of their own,
+//! [`LanguageModel`] puts the parts together that a checkpoint consists of, [`Seq2SeqModel`] those of an
+//! encoder-decoder. The parts live in rooms of their own,
 //! re-exported here: [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
 //! holds the architectures, [`nn`] their layers, [`generate`] the decoding loop.
 
@@ -26,6 +27,7 @@ pub mod device;
 mod error;
 mod language_model;
 mod perplexity;
+mod seq2seq_model;
 
 pub use oxiformers_generate as generate;
 pub use oxiformers_hub as hub;
@@ -42,7 +44,8 @@ pub use generate::{
     Constraint, Draft, FinishReason, Generated, GenerationConfig, Generator, Grammar, Step, Token,
 };
 pub use language_model::LanguageModel;
-pub use models::{AutoConfig, AutoModelForCausalLM, CausalLM};
+pub use models::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, CausalLM, Seq2SeqLM};
 pub use nn::LoadOptions;
 pub use perplexity::{Perplexity, perplexity};
 pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer, Tokenizer as AutoTokenizer};
+pub use seq2seq_model::Seq2SeqModel;
