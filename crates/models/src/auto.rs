@@ -157,26 +157,22 @@ impl AutoModelForCausalLM {
 }
 
 /// Fresh parameters.
-fn fresh(config: &AutoConfig, options: &LoadOptions) -> Weights {
+pub(crate) fn fresh(config: &AutoConfig, options: &LoadOptions) -> Weights {
     let range = config.json.get("initializer_range").and_then(Value::as_f64);
     Weights::init(options.clone(), range.unwrap_or(0.02))
 }
 
 /// Builds a model, and checks that nothing is left over.
-fn build<M>(
+pub(crate) fn build<M>(
     config: &AutoConfig,
     weights: &Weights,
     model: &str,
     load: impl FnOnce(&AnyConfig, &Weights) -> oxiformers_nn::Result<M>,
 ) -> Result<M> {
-    let wrap = |source| Error::Model {
-        model: model.to_string(),
-        source,
-    };
-    let built = load(&config.architecture, weights).map_err(wrap)?;
+    let built = load(&config.architecture, weights).map_err(Error::of(model))?;
     let ignored = config.architecture.ignored();
     weights.ignore(|name| ignored.iter().any(|suffix| name.ends_with(suffix)));
-    weights.finish().map_err(wrap)?;
+    weights.finish().map_err(Error::of(model))?;
     Ok(built)
 }
 

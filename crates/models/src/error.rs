@@ -1,6 +1,6 @@
-//! What can go wrong while a model is found and loaded.
+//! What can go wrong while a model is found and loaded, and with what it is given.
 
-/// A failure of [`AutoConfig`](crate::AutoConfig) or [`AutoModelForCausalLM`](crate::AutoModelForCausalLM).
+/// A failure of [`AutoConfig`](crate::AutoConfig) or of a model.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read.
@@ -41,6 +41,43 @@ pub enum Error {
         /// All that are known.
         supported: Vec<&'static str>,
     },
+    /// The architecture has no head for a task.
+    #[error("{model}: the architecture `{model_type}` knows no {task:?}")]
+    NoTask {
+        /// The model.
+        model: String,
+        /// Its `model_type`.
+        model_type: String,
+        /// The task.
+        task: crate::Task,
+    },
+    /// The checkpoint has no head for a task.
+    #[error(
+        "{model}: the checkpoint has no head for {task:?}: `{tensor}` is missing; it was saved as {saved_as}"
+    )]
+    NoHead {
+        /// The model.
+        model: String,
+        /// The task.
+        task: crate::Task,
+        /// Name of the tensor.
+        tensor: String,
+        /// What the checkpoint was saved as.
+        saved_as: String,
+    },
+    /// What a model is given does not fit it.
+    #[error(transparent)]
+    Input(#[from] oxiformers_nn::Error),
+}
+
+impl Error {
+    /// Says which model does not fit.
+    pub(crate) fn of(model: &str) -> impl FnOnce(oxiformers_nn::Error) -> Self {
+        move |source| Self::Model {
+            model: model.to_string(),
+            source,
+        }
+    }
 }
 
 /// The result of loading a model.

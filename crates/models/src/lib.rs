@@ -10,19 +10,22 @@ use std::ops::Range;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_nn::seq2seq::{LmHead, TiedTables};
 use oxiformers_nn::{
-    Cache, CacheKind, Decoder, DecoderLayer, EncoderDecoder, LogitsFor, Result, Seq2SeqDecoder, Seq2SeqLayer,
-    Weights,
+    Backbone, Cache, CacheKind, Decoder, DecoderLayer, EncoderDecoder, Head, LogitsFor, Result,
+    Seq2SeqDecoder, Seq2SeqLayer, Weights,
 };
 
 pub mod auto;
+pub mod auto_encoder;
 pub mod error;
 pub mod fields;
 pub mod gguf;
 pub mod registry;
+pub mod tasks;
 
 mod layer_types;
 
 pub mod bart;
+pub mod bert;
 pub mod bloom;
 pub mod cohere;
 pub mod deepseek_v3;
@@ -60,8 +63,15 @@ pub mod t5;
 pub mod umt5;
 
 pub use auto::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM};
+pub use auto_encoder::{
+    AutoModel, AutoModelFor, AutoModelForMaskedLM, AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction, AutoModelForPreTraining, AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification, AutoModelForTextEncoding, AutoModelForTokenClassification,
+    BaseModelOutput, ModelOutput,
+};
 pub use error::Error;
 pub use oxiformers_nn as nn;
+pub use tasks::{Labels, ProblemType, SpanLogits, Task, TaskType};
 
 /// What an architecture's configuration knows: how its model is built.
 pub trait Architecture {
@@ -121,6 +131,35 @@ pub trait Seq2SeqArchitecture {
             lm_head: self.lm_head(w, &mut tables)?,
         })
     }
+}
+
+/// What the configuration of an encoder knows: how the encoder and the heads that can stand on it are built.
+pub trait EncoderArchitecture {
+    /// The encoder.
+    type Model: Backbone;
+
+    /// Where the base model stands within the checkpoint of a model with a head, such as `bert`. What stands beside it
+    /// are heads.
+    const BASE: &'static str;
+
+    /// Tensors that checkpoints of this architecture may hold and a model need not use.
+    const IGNORED: &'static [&'static str] = &[];
+
+    /// Builds the encoder from its parameters.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen, or a field of the configuration that contradicts another.
+    fn load(&self, w: &Weights) -> Result<Self::Model>;
+
+    /// Builds the head for a task; none where the architecture knows no such task, or [`Task::Base`] has no pooler.
+    /// `labels` is the number of classes.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    fn head(&self, task: Task, w: &Weights, model: &Self::Model, labels: usize) -> Result<Option<Head>>;
+
+    /// Longest sequence the model was made for, if it says so.
+    fn max_position_embeddings(&self) -> Option<usize>;
 }
 
 /// A causal language model: what decoding needs to know of it.

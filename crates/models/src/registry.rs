@@ -3,23 +3,28 @@
 use std::ops::Range;
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use oxiformers_nn::seq2seq::Encoded;
-use oxiformers_nn::{Cache, CacheKind, Decoder, Error, LogitsFor, Seq2SeqDecoder, Weights};
+use oxiformers_nn::{
+    Backbone, Cache, CacheKind, Decoder, EncoderInputs, EncoderOutput, Error, Head, LogitsFor,
+    Seq2SeqDecoder, Weights,
+};
 use serde_json::Value;
 
-use crate::{Architecture, Seq2SeqArchitecture};
+use crate::{Architecture, EncoderArchitecture, Seq2SeqArchitecture, Task};
 
 macro_rules! architectures {
     (
         decoders { $($(#[$doc:meta])* $variant:ident($module:ident) = $($model_type:literal)|+;)+ }
         encoder_decoders { $($(#[$s_doc:meta])* $s_variant:ident($s_module:ident) = $($s_model_type:literal)|+;)+ }
+        encoders { $($(#[$e_doc:meta])* $e_variant:ident($e_module:ident) = $($e_model_type:literal)|+;)+ }
     ) => {
         /// The configuration of any architecture.
         #[derive(Debug, Clone)]
         pub enum AnyConfig {
             $($(#[$doc])* $variant(crate::$module::Config),)+
             $($(#[$s_doc])* $s_variant(crate::$s_module::Config),)+
+            $($(#[$e_doc])* $e_variant(crate::$e_module::Config),)+
         }
 
         /// A decoder of any architecture.
@@ -34,8 +39,14 @@ macro_rules! architectures {
             $($(#[$s_doc])* $s_variant(Seq2SeqDecoder<<crate::$s_module::Config as Seq2SeqArchitecture>::Layer>),)+
         }
 
+        /// An encoder of any architecture.
+        #[derive(Module, Debug)]
+        pub enum AnyEncoder {
+            $($(#[$e_doc])* $e_variant(<crate::$e_module::Config as EncoderArchitecture>::Model),)+
+        }
+
         /// Every `model_type` that can be loaded.
-        pub const MODEL_TYPES: &[&str] = &[$($($model_type),+,)+ $($($s_model_type),+),+];
+        pub const MODEL_TYPES: &[&str] = &[$($($model_type),+,)+ $($($s_model_type),+,)+ $($($e_model_type),+),+];
 
         impl AnyConfig {
             /// Reads the configuration of `model_type`; `None` where it is unknown.
@@ -43,6 +54,7 @@ macro_rules! architectures {
                 match model_type {
                     $($($model_type)|+ => Some(serde_json::from_value(json).map(Self::$variant)),)+
                     $($($s_model_type)|+ => Some(serde_json::from_value(json).map(Self::$s_variant)),)+
+                    $($($e_model_type)|+ => Some(serde_json::from_value(json).map(Self::$e_variant)),)+
                     _ => None,
                 }
             }
@@ -51,7 +63,7 @@ macro_rules! architectures {
             pub fn load(&self, w: &Weights) -> oxiformers_nn::Result<AnyDecoder> {
                 match self {
                     $(Self::$variant(config) => config.load(w).map(AnyDecoder::$variant),)+
-                    _ => Err(Error::config("model_type", "is an encoder-decoder, no causal language model")),
+                    _ => Err(Error::config("model_type", "is of no causal language model")),
                 }
             }
 
@@ -59,8 +71,37 @@ macro_rules! architectures {
             pub fn load_seq2seq(&self, w: &Weights) -> oxiformers_nn::Result<AnySeq2Seq> {
                 match self {
                     $(Self::$s_variant(config) => config.load(w).map(AnySeq2Seq::$s_variant),)+
-                    _ => Err(Error::config("model_type", "is a causal language model, no encoder-decoder")),
+                    _ => Err(Error::config("model_type", "is of no encoder-decoder")),
                 }
+            }
+
+            /// Builds an encoder.
+            pub fn load_encoder(&self, w: &Weights) -> oxiformers_nn::Result<AnyEncoder> {
+                match self {
+                    $(Self::$e_variant(config) => config.load(w).map(AnyEncoder::$e_variant),)+
+                    _ => Err(Error::config("model_type", "is of no encoder")),
+                }
+            }
+
+            /// Builds the head of an encoder: see [`EncoderArchitecture::head`].
+            pub fn load_head(
+                &self,
+                task: Task,
+                w: &Weights,
+                encoder: &AnyEncoder,
+                labels: usize,
+            ) -> oxiformers_nn::Result<Option<Head>> {
+                match (self, encoder) {
+                    $((Self::$e_variant(config), AnyEncoder::$e_variant(model)) => {
+                        config.head(task, w, model, labels)
+                    })+
+                    _ => Ok(None),
+                }
+            }
+
+            /// Whether it is an encoder.
+            pub fn is_encoder(&self) -> bool {
+                matches!(self, $(Self::$e_variant(_))|+)
             }
 
             /// Whether it is an encoder-decoder.
@@ -73,6 +114,7 @@ macro_rules! architectures {
                 match self {
                     $(Self::$variant(config) => serde_json::to_value(config),)+
                     $(Self::$s_variant(config) => serde_json::to_value(config),)+
+                    $(Self::$e_variant(config) => serde_json::to_value(config),)+
                 }
             }
 
@@ -81,6 +123,7 @@ macro_rules! architectures {
                 match self {
                     $(Self::$variant(_) => <crate::$module::Config as Architecture>::BASE,)+
                     $(Self::$s_variant(_) => <crate::$s_module::Config as Seq2SeqArchitecture>::BASE,)+
+                    $(Self::$e_variant(_) => <crate::$e_module::Config as EncoderArchitecture>::BASE,)+
                 }
             }
 
@@ -89,6 +132,7 @@ macro_rules! architectures {
                 match self {
                     $(Self::$variant(_) => <crate::$module::Config as Architecture>::IGNORED,)+
                     $(Self::$s_variant(_) => <crate::$s_module::Config as Seq2SeqArchitecture>::IGNORED,)+
+                    $(Self::$e_variant(_) => <crate::$e_module::Config as EncoderArchitecture>::IGNORED,)+
                 }
             }
 
@@ -97,6 +141,7 @@ macro_rules! architectures {
                 match self {
                     $(Self::$variant(config) => config.max_position_embeddings(),)+
                     $(Self::$s_variant(config) => Seq2SeqArchitecture::max_position_embeddings(config),)+
+                    $(Self::$e_variant(config) => EncoderArchitecture::max_position_embeddings(config),)+
                 }
             }
         }
@@ -125,6 +170,12 @@ macro_rules! architectures {
             /// See [`Decoder::logits`].
             pub fn logits(&self, hidden_states: Tensor<3>) -> Tensor<3> {
                 match self { $(Self::$variant(model) => model.logits(hidden_states),)+ }
+            }
+        }
+
+        impl Backbone for AnyEncoder {
+            fn forward(&self, inputs: &EncoderInputs, device: &Device) -> oxiformers_nn::Result<EncoderOutput> {
+                match self { $(Self::$e_variant(model) => model.forward(inputs, device),)+ }
             }
         }
 
@@ -238,5 +289,9 @@ architectures! {
         T5(t5) = "t5";
         /// UMT5.
         Umt5(umt5) = "umt5";
+    }
+    encoders {
+        /// BERT.
+        Bert(bert) = "bert";
     }
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use oxiformers_hub::ModelFiles;
-use oxiformers_models::nn::LoadOptions;
-use oxiformers_models::{AutoModelForCausalLM, AutoModelForSeq2SeqLM};
+use oxiformers_models::nn::{EncoderInputs, LoadOptions};
+use oxiformers_models::{AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM};
 use serde_json::{Value, json};
 
 fn fixtures() -> PathBuf {
@@ -17,12 +17,15 @@ fn read(path: &Path) -> Bytes {
     Bytes::from(std::fs::read(path).expect("fixture"))
 }
 
-/// Loads, and says how it went if that was a panic.
+/// Loads (and, if it is an encoder, runs), and says whether that was a panic.
 fn panics(files: &ModelFiles) -> bool {
     let options = LoadOptions::default();
     let load = || {
         let decoder = AutoModelForCausalLM::from_files(files, &options).map(drop);
-        decoder.or_else(|_| AutoModelForSeq2SeqLM::from_files(files, &options).map(drop))
+        let seq2seq = || AutoModelForSeq2SeqLM::from_files(files, &options).map(drop);
+        let inputs = EncoderInputs::padded(&[vec![5, 6, 7], vec![8]], 0);
+        let encoder = || AutoModel::from_files(files, &options)?.forward(&inputs).map(drop);
+        decoder.or_else(|_| seq2seq()).or_else(|_| encoder())
     };
     catch_unwind(AssertUnwindSafe(load)).is_err()
 }
@@ -53,7 +56,8 @@ fn no_number_of_a_config_panics() {
         json!(0.5),
         json!(1e300),
     ];
-    let mut dirs: Vec<_> = [fixtures(), fixtures().join("seq2seq")]
+    let mut dirs: Vec<_> = ["", "seq2seq", "encoders"]
+        .map(|folder| fixtures().join(folder))
         .into_iter()
         .flat_map(|folder| std::fs::read_dir(folder).expect("fixtures"))
         .map(|e| e.expect("entry").path())

@@ -158,6 +158,7 @@ fn gguf_files_give_the_same() {
 fn every_architecture_has_a_fixture() {
     let held: BTreeSet<String> = (fixtures().iter())
         .chain(&common::fixtures("seq2seq"))
+        .chain(&common::fixtures("encoders"))
         .map(|dir| std::fs::read(dir.join("config.json")).expect("config.json"))
         .map(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).expect("JSON")["model_type"].clone())
         .map(|model_type| model_type.as_str().expect("model_type").to_string())

@@ -1,6 +1,6 @@
-//! What can go wrong while a model is built.
+//! What can go wrong while a model is built, and with what it is given.
 
-/// A failure while parameters are loaded or a configuration is read.
+/// A failure while parameters are loaded or a configuration is read, or of inputs that do not fit.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The checkpoint could not be read.
@@ -54,12 +54,28 @@ pub enum Error {
         /// What was found and what is possible.
         message: String,
     },
+    /// What a model is given does not fit it.
+    #[error("`{field}`: {message}")]
+    Input {
+        /// Which of the inputs.
+        field: String,
+        /// What was found and what is possible.
+        message: String,
+    },
 }
 
 impl Error {
     /// An [`Error::Config`].
     pub fn config(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Config {
+            field: field.into(),
+            message: message.into(),
+        }
+    }
+
+    /// An [`Error::Input`].
+    pub fn input(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Input {
             field: field.into(),
             message: message.into(),
         }

@@ -10,7 +10,9 @@ pub mod context;
 pub mod cross_attention;
 pub mod decoder;
 pub mod embedding;
+pub mod encoder;
 pub mod error;
+pub mod head;
 pub mod latent;
 pub mod linear;
 pub mod mlp;
@@ -28,7 +30,12 @@ pub use context::Context;
 pub use cross_attention::CrossAttention;
 pub use decoder::{Decoder, DecoderConfig, DecoderLayer, LogitsFor};
 pub use embedding::Embedding;
+pub use encoder::{
+    Backbone, Embeddings, EmbeddingsConfig, Encoder, EncoderInputs, EncoderLayer, EncoderOutput,
+    PositionCount,
+};
 pub use error::{Error, Result};
+pub use head::{Head, Reads};
 pub use linear::Linear;
 pub use mlp::{GatedMlp, Mlp};
 pub use norm::{LayerNorm, Norm, RmsNorm};

@@ -60,11 +60,18 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Loads `weight` and, if `bias`, `bias`.
+    /// Loads `weight` (or `gamma`) and, if `bias`, `bias` (or `beta`).
     pub fn load(w: &Weights, size: usize, eps: f64, bias: bool) -> Result<Self> {
-        let weight = Some(w.param("weight", [size], Init::Ones)?);
+        // The names that TensorFlow gave them stand in the first checkpoints.
+        let old = w.is_stored("gamma");
+        let [weight_name, bias_name] = if old {
+            ["gamma", "beta"]
+        } else {
+            ["weight", "bias"]
+        };
+        let weight = Some(w.param(weight_name, [size], Init::Ones)?);
         let bias = if bias {
-            Some(w.param("bias", [size], Init::Zeros)?)
+            Some(w.param(bias_name, [size], Init::Zeros)?)
         } else {
             None
         };

@@ -280,6 +280,22 @@ impl Weights {
         }
     }
 
+    /// Marks the stored tensor `name` as known, if there is one.
+    pub fn ignore_one(&self, name: &str) {
+        if let Some(stored) = self.stored(&self.full(name)) {
+            lock(&self.shared.used).insert(stored.to_string());
+        }
+    }
+
+    /// Names of all stored tensors.
+    pub fn names(&self) -> Vec<String> {
+        self.shared
+            .source
+            .as_ref()
+            .map(|source| source.names())
+            .unwrap_or_default()
+    }
+
     /// Checks that every stored tensor was taken, and returns each parameter's name.
     ///
     /// # Errors

@@ -2,7 +2,9 @@
 
 use oxiformers_generate::GenerationConfig;
 use oxiformers_hub::ModelFiles;
-use oxiformers_models::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM};
+use oxiformers_models::{
+    AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForSeq2SeqLM, TaskType,
+};
 use oxiformers_nn::LoadOptions;
 use oxiformers_processors::Tokenizer;
 
@@ -53,6 +55,18 @@ impl FromPretrained for AutoModelForCausalLM {
 }
 
 impl FromPretrained for AutoModelForSeq2SeqLM {
+    fn from_model_files(files: &ModelFiles) -> Result<Self> {
+        Ok(Self::from_files(files, &LoadOptions::default())?)
+    }
+}
+
+impl FromPretrained for AutoModel {
+    fn from_model_files(files: &ModelFiles) -> Result<Self> {
+        Ok(Self::from_files(files, &LoadOptions::default())?)
+    }
+}
+
+impl<T: TaskType> FromPretrained for AutoModelFor<T> {
     fn from_model_files(files: &ModelFiles) -> Result<Self> {
         Ok(Self::from_files(files, &LoadOptions::default())?)
     }

@@ -44,8 +44,13 @@ pub use generate::{
     Constraint, Draft, FinishReason, Generated, GenerationConfig, Generator, Grammar, Step, Token,
 };
 pub use language_model::LanguageModel;
-pub use models::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, CausalLM, Seq2SeqLM};
-pub use nn::LoadOptions;
+pub use models::{
+    AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForMaskedLM,
+    AutoModelForMultipleChoice, AutoModelForNextSentencePrediction, AutoModelForPreTraining,
+    AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
+    AutoModelForTextEncoding, AutoModelForTokenClassification, CausalLM, Labels, ProblemType, Seq2SeqLM,
+};
+pub use nn::{EncoderInputs, LoadOptions};
 pub use perplexity::{Perplexity, perplexity};
 pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer, Tokenizer as AutoTokenizer};
 pub use seq2seq_model::Seq2SeqModel;

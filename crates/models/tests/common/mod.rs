@@ -1,5 +1,8 @@
 //! What the parity tests share.
 
+// Each test uses some of it.
+#![allow(dead_code)]
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -30,6 +33,10 @@ impl Reference {
     pub fn open(dir: &Path) -> Self {
         let files = ModelFiles::from_file(&dir.join("reference.safetensors")).expect("reference");
         Self(Checkpoint::open(&files).expect("reference"))
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.info(name).is_some()
     }
 
     pub fn ids(&self, name: &str) -> Vec<Vec<i64>> {

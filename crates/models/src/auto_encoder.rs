@@ -1,0 +1,235 @@
+//! Encoders with and without heads, whatever their architecture.
+
+use std::marker::PhantomData;
+
+use burn::tensor::{Device, Tensor};
+use oxiformers_hub::ModelFiles;
+use oxiformers_hub::checkpoint::Checkpoint;
+use oxiformers_nn::{Backbone, EncoderInputs, Head, LoadOptions, Weights};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::registry::AnyEncoder;
+use crate::tasks::{
+    Labels, MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining, QuestionAnswering,
+    SequenceClassification, Task, TaskType, TokenClassification,
+};
+use crate::{AutoConfig, auto};
+
+/// What an encoder makes of a batch.
+#[derive(Debug, Clone)]
+pub struct BaseModelOutput {
+    /// `[batch, seq, hidden_size]`; rows of padding tokens mean nothing.
+    pub last_hidden_state: Tensor<3>,
+    /// What the pooler makes of each sequence, where the model has one: `[batch, hidden_size]`.
+    pub pooler_output: Option<Tensor<2>>,
+    /// The embeddings and what each layer made of them, where it was asked for.
+    pub hidden_states: Vec<Tensor<3>>,
+}
+
+/// What a model with a head makes of a batch.
+#[derive(Debug, Clone)]
+pub struct ModelOutput<L> {
+    /// The answer.
+    pub logits: L,
+    /// `[batch, seq, hidden_size]`; rows of padding tokens mean nothing.
+    pub last_hidden_state: Tensor<3>,
+    /// The embeddings and what each layer made of them, where it was asked for.
+    pub hidden_states: Vec<Tensor<3>>,
+}
+
+/// An encoder of any architecture, without a head.
+#[derive(Debug)]
+pub struct AutoModel {
+    /// Its configuration.
+    pub config: AutoConfig,
+    /// The model itself.
+    pub encoder: AnyEncoder,
+    /// The pooler, where the checkpoint has one.
+    pub pooler: Option<Head>,
+    device: Device,
+}
+
+/// The same: Transformers' name for the encoder of a text.
+pub type AutoModelForTextEncoding = AutoModel;
+
+impl AutoModel {
+    /// Loads a model from its files. Heads that the checkpoint holds are left out.
+    ///
+    /// # Errors
+    /// Whatever does not fit is named: the file, the field, the tensor.
+    pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        let (config, weights) = open(files, options)?;
+        Self::load(config, &weights, options, files.name())
+    }
+
+    /// A model with fresh parameters; seed the device first to make them reproducible.
+    ///
+    /// # Errors
+    /// Where fields of the configuration contradict each other.
+    pub fn from_config(config: AutoConfig, options: &LoadOptions) -> Result<Self> {
+        let weights = auto::fresh(&config, options);
+        Self::load(config, &weights, options, "config")
+    }
+
+    fn load(config: AutoConfig, weights: &Weights, options: &LoadOptions, model: &str) -> Result<Self> {
+        let (encoder, pooler) = load(&config, weights, Task::Base, 0, model)?;
+        Ok(Self {
+            config,
+            encoder,
+            pooler,
+            device: options.device.clone(),
+        })
+    }
+
+    /// Runs a batch.
+    ///
+    /// # Errors
+    /// Where the inputs do not fit the model: an id outside of the vocabulary, a sequence that is too long.
+    pub fn forward(&self, inputs: &EncoderInputs) -> Result<BaseModelOutput> {
+        let output = self.encoder.forward(inputs, &self.device)?;
+        let pool = |head: &Head| {
+            let pooled = head.forward(output.last_hidden_state.clone(), &inputs.tokens);
+            pooled.squeeze_dim(1)
+        };
+        Ok(BaseModelOutput {
+            pooler_output: self.pooler.as_ref().map(pool),
+            last_hidden_state: output.last_hidden_state,
+            hidden_states: output.hidden_states,
+        })
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+/// An encoder of any architecture with a head for the task `T`.
+#[derive(Debug)]
+pub struct AutoModelFor<T: TaskType> {
+    /// Its configuration.
+    pub config: AutoConfig,
+    /// What its classes are called.
+    pub labels: Labels,
+    /// The encoder.
+    pub encoder: AnyEncoder,
+    /// What makes logits of its hidden states.
+    pub head: Head,
+    device: Device,
+    task: PhantomData<T>,
+}
+
+/// Fills in masked tokens.
+pub type AutoModelForMaskedLM = AutoModelFor<MaskedLM>;
+/// Classifies texts.
+pub type AutoModelForSequenceClassification = AutoModelFor<SequenceClassification>;
+/// Classifies tokens.
+pub type AutoModelForTokenClassification = AutoModelFor<TokenClassification>;
+/// Finds the answer to a question in a text.
+pub type AutoModelForQuestionAnswering = AutoModelFor<QuestionAnswering>;
+/// Chooses between continuations of a text.
+pub type AutoModelForMultipleChoice = AutoModelFor<MultipleChoice>;
+/// Says whether a text follows another.
+pub type AutoModelForNextSentencePrediction = AutoModelFor<NextSentencePrediction>;
+/// Does what its architecture was trained on, where that is none of the others: ELECTRA's discriminator.
+pub type AutoModelForPreTraining = AutoModelFor<PreTraining>;
+
+impl<T: TaskType> AutoModelFor<T> {
+    /// Loads a model from its files. Heads for other tasks are left out.
+    ///
+    /// # Errors
+    /// Whatever does not fit is named: the file, the field, the tensor; a missing head too.
+    pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        let (config, weights) = open(files, options)?;
+        Self::load(config, &weights, options, files.name())
+    }
+
+    /// A model with fresh parameters; seed the device first to make them reproducible.
+    ///
+    /// # Errors
+    /// Where fields of the configuration contradict each other.
+    pub fn from_config(config: AutoConfig, options: &LoadOptions) -> Result<Self> {
+        let weights = auto::fresh(&config, options);
+        Self::load(config, &weights, options, "config")
+    }
+
+    fn load(config: AutoConfig, weights: &Weights, options: &LoadOptions, model: &str) -> Result<Self> {
+        let labels = Labels::from_json(&config.json).map_err(Error::of(model))?;
+        let (encoder, head) = load(&config, weights, T::TASK, labels.len(), model)?;
+        let head = head.ok_or_else(|| Error::NoTask {
+            model: model.to_string(),
+            model_type: config.model_type.clone(),
+            task: T::TASK,
+        })?;
+        Ok(Self {
+            config,
+            labels,
+            encoder,
+            head,
+            device: options.device.clone(),
+            task: PhantomData,
+        })
+    }
+
+    /// Runs a batch.
+    ///
+    /// # Errors
+    /// Where the inputs do not fit the model: an id outside of the vocabulary, a sequence that is too long.
+    pub fn forward(&self, inputs: &EncoderInputs) -> Result<ModelOutput<T::Logits>> {
+        let output = self.encoder.forward(inputs, &self.device)?;
+        let logits = self
+            .head
+            .forward(output.last_hidden_state.clone(), &inputs.tokens);
+        Ok(ModelOutput {
+            logits: T::logits(logits, inputs)?,
+            last_hidden_state: output.last_hidden_state,
+            hidden_states: output.hidden_states,
+        })
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+fn open(files: &ModelFiles, options: &LoadOptions) -> Result<(AutoConfig, Weights)> {
+    let config = AutoConfig::from_files(files)?;
+    let base = config.architecture.base();
+    let weights = Weights::new(Checkpoint::open(files)?, base, options.clone());
+    Ok((config, weights))
+}
+
+/// The encoder and the head for a task; none where the architecture knows no such task.
+fn load(
+    config: &AutoConfig,
+    weights: &Weights,
+    task: Task,
+    labels: usize,
+    model: &str,
+) -> Result<(AnyEncoder, Option<Head>)> {
+    let (encoder, head) = auto::build(config, weights, model, |architecture, weights| {
+        let encoder = architecture.load_encoder(weights)?;
+        let head = architecture.load_head(task, weights, &encoder, labels);
+        // Heads for other tasks stand beside the base model.
+        let base = format!("{}.", architecture.base());
+        if weights.names().iter().any(|name| name.starts_with(&base)) {
+            weights.ignore(|name| !name.starts_with(&base));
+        }
+        Ok((encoder, head))
+    })?;
+    let head = head.map_err(|source| match source {
+        oxiformers_nn::Error::MissingTensor { name, .. } => Error::NoHead {
+            model: model.to_string(),
+            task,
+            tensor: name,
+            saved_as: (config.json.get("architectures").and_then(Value::as_array))
+                .and_then(|names| names.first()?.as_str())
+                .unwrap_or("another kind of model")
+                .to_string(),
+        },
+        source => Error::of(model)(source),
+    })?;
+    Ok((encoder, head))
+}

@@ -1,0 +1,342 @@
+//! Every encoder and each of its heads against Transformers, on tiny checkpoints with random weights.
+//!
+//! `fixtures/make_encoders.py` made the checkpoints and the reference.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::Tensor;
+use bytes::Bytes;
+use oxiformers_hub::ModelFiles;
+use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
+use oxiformers_models::nn::{EncoderInputs, LoadOptions};
+use oxiformers_models::tasks::{
+    MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining, QuestionAnswering, SequenceClassification,
+    SpanLogits, TaskType, TokenClassification,
+};
+use oxiformers_models::{AutoModel, AutoModelFor, Error, Task};
+
+use common::{Reference, TOLERANCE, fixtures, largest_difference};
+
+/// The tensors of a fixture, by their names.
+fn tensors(dir: &Path) -> BTreeMap<String, TensorView> {
+    let files = ModelFiles::from_file(&dir.join("model.safetensors")).expect("model");
+    let checkpoint = Checkpoint::open(&files).expect("model");
+    let tensor = |name: &str| checkpoint.tensor(name).expect("tensor");
+    (checkpoint.tensors())
+        .map(|info| (info.name.clone(), tensor(&info.name)))
+        .collect()
+}
+
+/// A model of these tensors, in memory.
+fn model(dir: &Path, tensors: &BTreeMap<String, TensorView>) -> ModelFiles {
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, view) in tensors {
+        let dtype = match view.dtype {
+            DType::F32 => "F32",
+            DType::I64 => "I64",
+            dtype => panic!("{name}: {dtype:?}"),
+        };
+        let start = data.len();
+        data.extend_from_slice(&view.data);
+        let offsets = [start, data.len()];
+        header.insert(
+            name.clone(),
+            serde_json::json!({"dtype": dtype, "shape": view.shape, "data_offsets": offsets}),
+        );
+    }
+    let header = serde_json::to_vec(&header).expect("JSON");
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
+    let config = std::fs::read(dir.join("config.json")).expect("config.json");
+    let files = [("config.json", config), ("model.safetensors", bytes)];
+    let name = dir.file_name().expect("name").to_string_lossy();
+    ModelFiles::from_memory(
+        &name,
+        files.map(|(name, bytes)| (name.to_string(), Bytes::from(bytes))),
+    )
+}
+
+/// The tensors of the base model and of the head for a task, as a checkpoint of that model has them.
+fn with_head(all: &BTreeMap<String, TensorView>, task: &str) -> BTreeMap<String, TensorView> {
+    let own = |(name, view): (&String, &TensorView)| match name.split_once('@') {
+        None => Some((name.clone(), view.clone())),
+        Some((of, name)) => (of == task).then(|| (name.to_string(), view.clone())),
+    };
+    all.iter().filter_map(own).collect()
+}
+
+fn rows(rows: Vec<Vec<i64>>) -> Vec<Vec<u32>> {
+    let row = |row: Vec<i64>| row.into_iter().map(|id| id as u32).collect();
+    rows.into_iter().map(row).collect()
+}
+
+/// The batch without and with padding, with what its tensors are called at the end.
+fn batches(reference: &Reference, types: bool) -> [(EncoderInputs, &'static str); 2] {
+    let ids = |name| rows(reference.ids(name));
+    let mask = ids("attention_mask");
+    let whole: Vec<Vec<u32>> = mask.iter().map(|row| vec![1; row.len()]).collect();
+    [("input_ids", whole, ""), ("padded_ids", mask, ".padded")].map(|(name, mask, what)| {
+        let inputs = EncoderInputs::with_mask(ids(name), &mask).expect("mask");
+        let token_type_ids = if types { ids("token_type_ids") } else { Vec::new() };
+        let inputs = EncoderInputs {
+            token_type_ids,
+            output_hidden_states: true,
+            ..inputs
+        };
+        (inputs, what)
+    })
+}
+
+fn floats<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+    x.into_data().try_to_vec().expect("f32")
+}
+
+/// The largest difference of values `[batch, seq, ..]`, rows of padding left out.
+fn of_tokens(ours: &[f32], expected: &[f32], inputs: &EncoderInputs) -> f32 {
+    let [batch, seq] = inputs.dims();
+    assert_eq!(ours.len(), expected.len());
+    let width = ours.len() / (batch * seq);
+    let real = inputs.tokens.iter().enumerate().flat_map(|(row, tokens)| {
+        let tokens = tokens.clone();
+        tokens.map(move |token| (row * seq + token) * width)
+    });
+    real.map(|at| largest_difference(&ours[at..at + width], &expected[at..at + width]))
+        .fold(0.0, f32::max)
+}
+
+/// Logits as one list, and whether they have a row for every token.
+trait Flat {
+    fn flat(self) -> (Vec<f32>, bool);
+}
+
+impl Flat for Tensor<2> {
+    fn flat(self) -> (Vec<f32>, bool) {
+        (floats(self), false)
+    }
+}
+
+impl Flat for Tensor<3> {
+    fn flat(self) -> (Vec<f32>, bool) {
+        (floats(self), true)
+    }
+}
+
+impl Flat for SpanLogits {
+    fn flat(self) -> (Vec<f32>, bool) {
+        let both = [self.start_logits, self.end_logits].map(|x| x.unsqueeze_dim::<3>(2));
+        (floats(Tensor::cat(both.to_vec(), 2)), true)
+    }
+}
+
+/// The largest difference of a task's logits; none where neither side knows the task.
+fn compare<T: TaskType<Logits: Flat>>(
+    dir: &Path,
+    all: &BTreeMap<String, TensorView>,
+    reference: &Reference,
+    types: bool,
+) -> Option<f32> {
+    let task = format!("{:?}", T::TASK);
+    let files = model(dir, &with_head(all, &task));
+    let loaded = AutoModelFor::<T>::from_files(&files, &LoadOptions::default());
+    if !reference.contains(&format!("{task}.logits")) {
+        assert!(
+            matches!(loaded, Err(Error::NoTask { .. })),
+            "{}: {task}: {loaded:?}",
+            dir.display()
+        );
+        return None;
+    }
+    let loaded = loaded.unwrap_or_else(|error| panic!("{error}"));
+    let mut worst = 0f32;
+    for (inputs, what) in batches(reference, types) {
+        let output = loaded.forward(&inputs).expect("forward");
+        let (ours, of_each_token) = output.logits.flat();
+        let expected = reference.floats(&format!("{task}.logits{what}"));
+        worst = worst.max(match of_each_token || T::TASK == Task::PreTraining {
+            true => of_tokens(&ours, &expected, &inputs),
+            false => largest_difference(&ours, &expected),
+        });
+    }
+    Some(worst)
+}
+
+fn compare_base(dir: &Path, all: &BTreeMap<String, TensorView>, reference: &Reference, types: bool) -> f32 {
+    // Heads that a checkpoint has are left out.
+    let files = model(dir, &with_head(all, "MaskedLM"));
+    let loaded =
+        AutoModel::from_files(&files, &LoadOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+    let mut worst = 0f32;
+    for (inputs, what) in batches(reference, types) {
+        let output = loaded.forward(&inputs).expect("forward");
+        let expected = |name: &str| reference.floats(&format!("Base.{name}{what}"));
+        let last = floats(output.last_hidden_state);
+        worst = worst.max(of_tokens(&last, &expected("last_hidden_state"), &inputs));
+        let hidden_states = expected("hidden_states");
+        assert_eq!(hidden_states.len(), output.hidden_states.len() * last.len());
+        for (ours, expected) in output
+            .hidden_states
+            .into_iter()
+            .zip(hidden_states.chunks(last.len()))
+        {
+            worst = worst.max(of_tokens(&floats(ours), expected, &inputs));
+        }
+        let has_pooler = reference.contains(&format!("Base.pooler_output{what}"));
+        assert_eq!(output.pooler_output.is_some(), has_pooler);
+        if let Some(pooled) = output.pooler_output {
+            worst = worst.max(largest_difference(&floats(pooled), &expected("pooler_output")));
+        }
+    }
+    worst
+}
+
+#[test]
+fn hidden_states_and_logits_equal_transformers() {
+    let mut failures = Vec::new();
+    for dir in fixtures("encoders") {
+        let name = dir.file_name().expect("name").to_string_lossy().into_owned();
+        if std::env::var("PARITY").is_ok_and(|only| !name.contains(&only)) {
+            continue;
+        }
+        let all = tensors(&dir);
+        let reference = Reference::open(&dir);
+        let types = reference.ids("token_type_ids").iter().flatten().any(|id| *id > 0);
+        let args = (dir.as_path(), &all, &reference, types);
+        let of = |task: fn(&Path, &_, &_, bool) -> Option<f32>| task(args.0, args.1, args.2, args.3);
+        let differences = [
+            Some(compare_base(args.0, args.1, args.2, args.3)),
+            of(compare::<MaskedLM>),
+            of(compare::<SequenceClassification>),
+            of(compare::<TokenClassification>),
+            of(compare::<QuestionAnswering>),
+            of(compare::<MultipleChoice>),
+            of(compare::<NextSentencePrediction>),
+            of(compare::<PreTraining>),
+        ];
+        let shown = differences.map(|d| d.map_or("-".to_string(), |d| format!("{d:.1e}")));
+        println!("{name:<24} {}", shown.map(|d| format!("{d:>8}")).join(" "));
+        if differences.iter().flatten().any(|d| *d > TOLERANCE) {
+            failures.push(name);
+        }
+    }
+    assert!(failures.is_empty(), "beyond {TOLERANCE:e}: {failures:?}");
+}
+
+#[test]
+fn weights_are_accounted_for() {
+    let dir = fixtures("encoders")
+        .into_iter()
+        .find(|dir| dir.ends_with("bert"))
+        .expect("bert");
+    let all = tensors(&dir);
+    let options = LoadOptions::default();
+    let only_base = with_head(&all, "nothing");
+
+    let error =
+        AutoModelFor::<MaskedLM>::from_files(&model(&dir, &only_base), &options).expect_err("no head");
+    let text = error.to_string();
+    assert!(matches!(error, Error::NoHead { .. }), "{text}");
+    assert!(
+        text.contains("MaskedLM") && text.contains("cls.predictions"),
+        "{text}"
+    );
+
+    // As saved from the base model alone, without its place.
+    let short = |(name, view): (&String, &TensorView)| {
+        (
+            name.strip_prefix("bert.").unwrap_or(name).to_string(),
+            view.clone(),
+        )
+    };
+    let bare: BTreeMap<_, _> = only_base.iter().map(short).collect();
+    let loaded = AutoModel::from_files(&model(&dir, &bare), &options).expect("base");
+    assert!(loaded.pooler.is_some());
+
+    // Without a pooler there is none, and a head that needs it says so.
+    let mut no_pooler = with_head(&all, "SequenceClassification");
+    no_pooler.retain(|name, _| !name.contains("pooler"));
+    let loaded = AutoModel::from_files(&model(&dir, &no_pooler), &options).expect("base");
+    assert!(loaded.pooler.is_none());
+    let error = AutoModelFor::<SequenceClassification>::from_files(&model(&dir, &no_pooler), &options);
+    assert!(
+        error
+            .expect_err("no pooler")
+            .to_string()
+            .contains("bert.pooler.dense.weight")
+    );
+
+    // What belongs to the base model and is not known is left over.
+    let mut more = only_base.clone();
+    let any = more.values().next().expect("tensor").clone();
+    more.insert("bert.encoder.layer.7.output.dense.bias".to_string(), any);
+    let error = AutoModel::from_files(&model(&dir, &more), &options).expect_err("left over");
+    assert!(error.to_string().contains("layer.7"), "{error}");
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_errors() {
+    let dir = fixtures("encoders")
+        .into_iter()
+        .find(|dir| dir.ends_with("bert"))
+        .expect("bert");
+    let files = model(&dir, &with_head(&tensors(&dir), "MultipleChoice"));
+    let model = AutoModelFor::<MultipleChoice>::from_files(&files, &LoadOptions::default()).expect("model");
+    let forward = |inputs: EncoderInputs| {
+        model
+            .forward(&inputs)
+            .map(drop)
+            .map_err(|error| error.to_string())
+    };
+    let good = EncoderInputs::padded(&[vec![5, 6, 7], vec![8, 9]], 0);
+    assert_eq!(forward(good.clone()), Ok(()));
+    for (inputs, message) in [
+        (EncoderInputs::default(), "input_ids"),
+        (EncoderInputs::padded(&[vec![], vec![]], 0), "input_ids"),
+        (
+            EncoderInputs::padded(&[vec![96]], 0),
+            "holds 96, but the model has 96",
+        ),
+        (EncoderInputs::padded(&[vec![u32::MAX]], 0), "input_ids"),
+        (EncoderInputs::padded(&[vec![5; 33]], 0), "made for 32"),
+        (
+            EncoderInputs {
+                input_ids: vec![vec![5], vec![5, 6]],
+                tokens: vec![0..1, 0..2],
+                ..Default::default()
+            },
+            "rows",
+        ),
+        (
+            EncoderInputs {
+                token_type_ids: vec![vec![0; 3]; 1],
+                ..good.clone()
+            },
+            "token_type_ids",
+        ),
+        (
+            EncoderInputs {
+                token_type_ids: vec![vec![2; 3]; 2],
+                ..good.clone()
+            },
+            "token_type_ids",
+        ),
+        (
+            EncoderInputs {
+                position_ids: vec![vec![32; 3]; 2],
+                ..good.clone()
+            },
+            "position",
+        ),
+        (
+            EncoderInputs {
+                num_choices: 3,
+                ..good
+            },
+            "num_choices",
+        ),
+    ] {
+        let error = forward(inputs).expect_err(message);
+        assert!(error.contains(message), "{error}");
+    }
+}

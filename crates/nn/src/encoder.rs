@@ -1,0 +1,384 @@
+//! The frame that encoders share: embed a batch of sequences, run layers that see them in both directions.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::{Context, Embedding, Error, LayerNorm, Linear, Norm, Result, Weights};
+
+/// A batch of token sequences, as rows of equal length.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EncoderInputs {
+    /// Token ids.
+    pub input_ids: Vec<Vec<u32>>,
+    /// Where the real tokens of each row lie; what is not among them is padding, which nobody sees.
+    pub tokens: Vec<Range<usize>>,
+    /// Which text each token belongs to, where there are two; empty where all are 0.
+    pub token_type_ids: Vec<Vec<u32>>,
+    /// Positions; empty for those that the architecture gives its tokens.
+    pub position_ids: Vec<Vec<u32>>,
+    /// How many rows belong together as choices of one question; 0 means all of them.
+    pub num_choices: usize,
+    /// Whether the hidden states of every layer are kept.
+    pub output_hidden_states: bool,
+}
+
+impl EncoderInputs {
+    /// Sequences of any length, padded to the right with `pad_token_id`.
+    pub fn padded(rows: &[Vec<u32>], pad_token_id: u32) -> Self {
+        let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let fill = |row: &Vec<u32>| {
+            let missing = std::iter::repeat_n(pad_token_id, width - row.len());
+            row.iter().copied().chain(missing).collect()
+        };
+        Self {
+            input_ids: rows.iter().map(fill).collect(),
+            tokens: rows.iter().map(|row| 0..row.len()).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Rows as a tokenizer pads them: 1 in the mask means a token, 0 padding, on the left or on the right.
+    ///
+    /// # Errors
+    /// Where the mask has another shape than the ids, or padding within a sequence.
+    pub fn with_mask(input_ids: Vec<Vec<u32>>, attention_mask: &[Vec<u32>]) -> Result<Self> {
+        let shapes = |rows: &[Vec<u32>]| rows.iter().map(Vec::len).collect::<Vec<_>>();
+        if shapes(&input_ids) != shapes(attention_mask) {
+            let message = "has another shape than the token ids";
+            return Err(Error::input("attention_mask", message));
+        }
+        let range = |(row, mask): (usize, &Vec<u32>)| {
+            let start = mask.iter().position(|m| *m != 0).unwrap_or(0);
+            let end = mask.iter().rposition(|m| *m != 0).map_or(0, |last| last + 1);
+            if mask[start.min(end)..end].contains(&0) {
+                let message = format!("row {row} has padding within the sequence");
+                return Err(Error::input("attention_mask", message));
+            }
+            Ok(start.min(end)..end)
+        };
+        Ok(Self {
+            tokens: (attention_mask.iter().enumerate().map(range)).collect::<Result<_>>()?,
+            input_ids,
+            ..Self::default()
+        })
+    }
+
+    /// `[batch, seq]`.
+    pub fn dims(&self) -> [usize; 2] {
+        [self.input_ids.len(), self.input_ids.first().map_or(0, Vec::len)]
+    }
+
+    /// The token ids `[batch, seq]`.
+    ///
+    /// # Errors
+    /// Where there is nothing, where rows differ in length, or where an id is outside of a vocabulary of that size.
+    pub fn ids(&self, vocab_size: usize, device: &Device) -> Result<Tensor<2, Int>> {
+        if self.dims().contains(&0) || self.tokens.len() != self.input_ids.len() {
+            return Err(Error::input(
+                "input_ids",
+                "has no tokens, or rows without a place in `tokens`",
+            ));
+        }
+        self.tensor("input_ids", &self.input_ids, vocab_size, device)
+    }
+
+    /// Rows of the batch's shape as a tensor, each id less than `limit`.
+    ///
+    /// # Errors
+    /// Where the shape or an id does not fit; `name` is what the message calls the rows.
+    pub fn tensor(
+        &self,
+        name: &str,
+        rows: &[Vec<u32>],
+        limit: usize,
+        device: &Device,
+    ) -> Result<Tensor<2, Int>> {
+        let [batch, seq] = self.dims();
+        if rows.len() != batch || rows.iter().any(|row| row.len() != seq) {
+            let message = format!("must be {batch} rows of {seq}");
+            return Err(Error::input(name, message));
+        }
+        let ids: Vec<i32> = rows.iter().flatten().map(|id| *id as i32).collect();
+        if let Some(id) = (rows.iter().flatten()).find(|id| usize::try_from(**id).is_ok_and(|id| id >= limit))
+        {
+            let message = format!("holds {id}, but the model has {limit}, counted from 0");
+            return Err(Error::input(name, message));
+        }
+        Ok(Tensor::from_data(TensorData::new(ids, [batch, seq]), device))
+    }
+
+    /// What the layers of an encoder need to know of the batch.
+    pub fn context(&self, device: &Device) -> Context<'static> {
+        Context::bidirectional(self.tokens.clone(), self.dims()[1], device.clone())
+    }
+}
+
+/// What an encoder makes of a batch.
+#[derive(Debug, Clone)]
+pub struct EncoderOutput {
+    /// `[batch, seq, hidden_size]`; rows of padding tokens mean nothing.
+    pub last_hidden_state: Tensor<3>,
+    /// The embeddings and what each layer made of them, where it was asked for.
+    pub hidden_states: Vec<Tensor<3>>,
+}
+
+/// The body of an encoder, on which heads stand.
+pub trait Backbone: Debug {
+    /// Runs a batch on the device that the parameters are on.
+    ///
+    /// # Errors
+    /// Where the inputs do not fit the model: an id outside of the vocabulary, a sequence that is too long.
+    fn forward(&self, inputs: &EncoderInputs, device: &Device) -> Result<EncoderOutput>;
+}
+
+/// How the positions of learned tables are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PositionCount {
+    /// 0, 1, 2 and so on, whatever the tokens are.
+    Plain,
+    /// From the padding token's id on, which padding itself gets, as fairseq does.
+    AfterPadding {
+        /// Id of the padding token.
+        pad_token_id: u32,
+    },
+}
+
+impl PositionCount {
+    /// The positions of a row of token ids.
+    fn of(self, ids: &[u32]) -> Vec<u32> {
+        match self {
+            Self::Plain => (0..ids.len() as u32).collect(),
+            Self::AfterPadding { pad_token_id } => {
+                let mut next = pad_token_id;
+                let position = |id: &u32| match *id == pad_token_id {
+                    true => pad_token_id,
+                    false => {
+                        next += 1;
+                        next
+                    }
+                };
+                ids.iter().map(position).collect()
+            }
+        }
+    }
+}
+
+/// Numbers and switches of [`Embeddings`].
+#[derive(Debug, Clone)]
+pub struct EmbeddingsConfig {
+    /// Size of the vocabulary.
+    pub vocab_size: usize,
+    /// Width of the embeddings.
+    pub width: usize,
+    /// Rows of the table of positions, where there is one.
+    pub max_position_embeddings: Option<usize>,
+    /// How positions are counted.
+    pub position_count: PositionCount,
+    /// Rows of the table of token types; 0 where there is none.
+    pub type_vocab_size: usize,
+    /// Epsilon of the layer norm.
+    pub eps: f64,
+}
+
+/// BERT's embeddings: the sum of a token's, its position's and its type's, normalized.
+#[derive(Module, Debug)]
+pub struct Embeddings {
+    /// `[vocab_size, width]`; an output layer may share it.
+    pub word_embeddings: Embedding,
+    position_embeddings: Option<Embedding>,
+    token_type_embeddings: Option<Embedding>,
+    norm: LayerNorm,
+    #[module(skip)]
+    config: EmbeddingsConfig,
+}
+
+impl Embeddings {
+    /// Loads `word_embeddings`, `position_embeddings`, `token_type_embeddings` and `LayerNorm`.
+    pub fn load(w: &Weights, config: EmbeddingsConfig) -> Result<Self> {
+        let table = |name, rows| Embedding::load(&w.pp(name), rows, config.width);
+        let types = config.type_vocab_size;
+        Ok(Self {
+            word_embeddings: table("word_embeddings", config.vocab_size)?,
+            position_embeddings: (config.max_position_embeddings)
+                .map(|rows| table("position_embeddings", rows))
+                .transpose()?,
+            token_type_embeddings: (types > 0)
+                .then(|| table("token_type_embeddings", types))
+                .transpose()?,
+            norm: LayerNorm::load(&w.pp("LayerNorm"), config.width, config.eps, true)?,
+            config,
+        })
+    }
+
+    /// `[batch, seq, width]`.
+    ///
+    /// # Errors
+    /// Where the inputs do not fit: an id outside of a table, a sequence that is too long.
+    pub fn forward(&self, inputs: &EncoderInputs, device: &Device) -> Result<Tensor<3>> {
+        Ok(self.norm.forward(self.sum(inputs, device)?))
+    }
+
+    /// The same before the norm, for architectures that add more to it.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn sum(&self, inputs: &EncoderInputs, device: &Device) -> Result<Tensor<3>> {
+        let ids = inputs.ids(self.config.vocab_size, device)?;
+        let mut x = self.word_embeddings.forward(ids);
+        if let (Some(table), Some(most)) = (&self.position_embeddings, self.config.max_position_embeddings) {
+            let computed: Vec<_>;
+            let positions = if inputs.position_ids.is_empty() {
+                // Rows with the same positions need them once.
+                computed = match self.config.position_count {
+                    PositionCount::Plain => vec![PositionCount::Plain.of(&inputs.input_ids[0])],
+                    count => inputs.input_ids.iter().map(|row| count.of(row)).collect(),
+                };
+                &computed
+            } else {
+                &inputs.position_ids
+            };
+            x = x + table.forward(position_ids(inputs, positions, most, device)?);
+        }
+        if let Some(table) = &self.token_type_embeddings {
+            let types = match inputs.token_type_ids.is_empty() {
+                true => Tensor::zeros([1, inputs.dims()[1]], device),
+                false => inputs.tensor(
+                    "token_type_ids",
+                    &inputs.token_type_ids,
+                    self.config.type_vocab_size,
+                    device,
+                )?,
+            };
+            x = x + table.forward(types);
+        }
+        Ok(x)
+    }
+
+    /// The norm, for those who use [`sum`](Self::sum).
+    pub fn norm(&self, x: Tensor<3>) -> Tensor<3> {
+        self.norm.forward(x)
+    }
+}
+
+/// `[batch or 1, seq]`.
+fn position_ids(
+    inputs: &EncoderInputs,
+    rows: &[Vec<u32>],
+    most: usize,
+    device: &Device,
+) -> Result<Tensor<2, Int>> {
+    let [batch, seq] = inputs.dims();
+    if let Some(position) = rows.iter().flatten().max().filter(|max| **max as usize >= most) {
+        let message = format!(
+            "a sequence of {seq} tokens reaches position {position}, but the model was made for {most}; \
+             truncate it"
+        );
+        return Err(Error::input("input_ids", message));
+    }
+    match rows {
+        [row] if batch != 1 => {
+            let ids: Vec<i32> = row.iter().map(|id| *id as i32).collect();
+            Ok(Tensor::from_data(TensorData::new(ids, [1, seq]), device))
+        }
+        rows => inputs.tensor("position_ids", rows, most, device),
+    }
+}
+
+/// One layer of an encoder.
+pub trait EncoderLayer: Module + Debug {
+    /// `[batch, seq, hidden_size]` to the same shape.
+    fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3>;
+}
+
+/// An encoder made of layers `L`.
+#[derive(Module, Debug)]
+pub struct Encoder<L: EncoderLayer> {
+    /// What the tokens begin as.
+    pub embeddings: Embeddings,
+    /// From the width of the embeddings to that of the layers, where they differ.
+    pub project: Option<Linear>,
+    /// The layers.
+    pub layers: Vec<L>,
+    /// Norm of the output.
+    pub norm: Option<Norm>,
+}
+
+impl<L: EncoderLayer> Encoder<L> {
+    /// Embeddings as wide as the layers, and nothing after these.
+    pub fn new(embeddings: Embeddings, layers: Vec<L>) -> Self {
+        Self {
+            embeddings,
+            project: None,
+            layers,
+            norm: None,
+        }
+    }
+}
+
+impl<L: EncoderLayer> Backbone for Encoder<L> {
+    fn forward(&self, inputs: &EncoderInputs, device: &Device) -> Result<EncoderOutput> {
+        let mut x = self.embeddings.forward(inputs, device)?;
+        if let Some(project) = &self.project {
+            x = project.forward(x);
+        }
+        let cx = &mut inputs.context(device);
+        Ok(run_layers(&self.layers, x, inputs, cx, self.norm.as_ref()))
+    }
+}
+
+/// Runs layers one after the other, and a norm at the end, for backbones with a frame of their own.
+pub fn run_layers<'a, L: EncoderLayer + 'a>(
+    layers: impl IntoIterator<Item = &'a L>,
+    mut x: Tensor<3>,
+    inputs: &EncoderInputs,
+    cx: &mut Context,
+    norm: Option<&Norm>,
+) -> EncoderOutput {
+    let mut hidden_states = Vec::new();
+    for (index, layer) in layers.into_iter().enumerate() {
+        if inputs.output_hidden_states {
+            hidden_states.push(x.clone());
+        }
+        cx.enter_layer(index);
+        x = layer.forward(x, cx);
+    }
+    if let Some(norm) = norm {
+        x = norm.forward(x);
+    }
+    if inputs.output_hidden_states {
+        hidden_states.push(x.clone());
+    }
+    EncoderOutput {
+        last_hidden_state: x,
+        hidden_states,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_become_ranges() {
+        let ids = vec![vec![1, 2, 3], vec![4, 5, 0], vec![0, 6, 0]];
+        let mask = |rows: [[u32; 3]; 3]| rows.map(|row| row.to_vec()).to_vec();
+        let inputs = EncoderInputs::with_mask(ids.clone(), &mask([[1, 1, 1], [0, 0, 1], [0, 0, 0]]));
+        assert_eq!(inputs.expect("mask").tokens, [0..3, 2..3, 0..0]);
+        let hole = EncoderInputs::with_mask(ids.clone(), &mask([[1, 1, 1], [1, 0, 1], [0, 0, 0]]));
+        assert!(hole.expect_err("hole").to_string().contains("row 1"));
+        assert!(EncoderInputs::with_mask(ids, &[vec![1; 3]]).is_err());
+        let padded = EncoderInputs::padded(&[vec![7], vec![8, 9]], 1);
+        assert_eq!(padded.input_ids, [[7, 1], [8, 9]]);
+        assert_eq!(padded.tokens, [0..1, 0..2]);
+    }
+
+    #[test]
+    fn positions_after_the_padding_token() {
+        let count = PositionCount::AfterPadding { pad_token_id: 1 };
+        assert_eq!(count.of(&[0, 9, 2, 1, 1]), [2, 3, 4, 1, 1]);
+        assert_eq!(PositionCount::Plain.of(&[0, 9, 1]), [0, 1, 2]);
+    }
+}

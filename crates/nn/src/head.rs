@@ -1,0 +1,151 @@
+//! What turns hidden states into answers.
+
+use std::ops::Range;
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor, TensorData};
+
+use crate::{Activation, Embedding, Init, Linear, Norm, Result, Weights};
+
+/// Which hidden states of a sequence a head reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// Those of every token.
+    All,
+    /// That of the first token, whatever it is.
+    First,
+    /// That of the last real token.
+    Last,
+    /// The mean over the real tokens.
+    Mean,
+}
+
+impl Reads {
+    /// `[batch, seq, hidden_size]` to `[batch, seq or 1, hidden_size]`; `tokens` says where each sequence's real
+    /// tokens lie.
+    pub fn from(self, x: Tensor<3>, tokens: &[Range<usize>]) -> Tensor<3> {
+        let [batch, seq, hidden] = x.dims();
+        let device = x.device();
+        match self {
+            Self::All => x,
+            Self::First => x.narrow(1, 0, 1),
+            Self::Last => {
+                let last =
+                    |(row, tokens): (usize, &Range<usize>)| (row * seq + tokens.end.clamp(1, seq) - 1) as i32;
+                let ids: Vec<i32> = tokens.iter().enumerate().map(last).collect();
+                let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [tokens.len()]), &device);
+                x.reshape([batch * seq, hidden])
+                    .select(0, ids)
+                    .reshape([batch, 1, hidden])
+            }
+            Self::Mean => {
+                // The mean as a product, so that padding costs nothing to leave out.
+                let weight = |tokens: &Range<usize>| {
+                    let share = 1.0 / tokens.len().max(1) as f32;
+                    let tokens = tokens.clone();
+                    (0..seq).map(move |i| if tokens.contains(&i) { share } else { 0.0 })
+                };
+                let weights: Vec<f32> = tokens.iter().flat_map(weight).collect();
+                let weights = TensorData::new(weights, [batch, 1, seq]);
+                let weights = Tensor::<3>::from_data(weights, &device).cast(x.dtype());
+                weights.matmul(x)
+            }
+        }
+    }
+}
+
+/// Some hidden states of a sequence, a dense layer with an activation and perhaps a norm, an output layer: the
+/// form that the heads of all architectures have, if not all parts of it.
+#[derive(Module, Debug)]
+pub struct Head {
+    #[module(skip)]
+    reads: Reads,
+    dense: Option<Linear>,
+    #[module(skip)]
+    act: Option<Activation>,
+    norm: Option<Norm>,
+    output: Option<Linear>,
+}
+
+impl Head {
+    /// A head that hands on what it reads.
+    pub fn new(reads: Reads) -> Self {
+        Self {
+            reads,
+            dense: None,
+            act: None,
+            norm: None,
+            output: None,
+        }
+    }
+
+    /// Adds a dense layer with an activation.
+    pub fn dense(mut self, dense: Linear, act: Activation) -> Self {
+        self.dense = Some(dense);
+        self.act = Some(act);
+        self
+    }
+
+    /// Adds a norm after the dense layer.
+    pub fn norm(mut self, norm: impl Into<Norm>) -> Self {
+        self.norm = Some(norm.into());
+        self
+    }
+
+    /// Adds the output layer.
+    pub fn output(mut self, output: Linear) -> Self {
+        self.output = Some(output);
+        self
+    }
+
+    /// Hidden states `[batch, seq, hidden_size]` to `[batch, seq, outputs]`, or `[batch, 1, outputs]` where the head
+    /// reads one of a sequence. `tokens` says where each sequence's real tokens lie.
+    pub fn forward(&self, hidden_states: Tensor<3>, tokens: &[Range<usize>]) -> Tensor<3> {
+        let mut x = self.reads.from(hidden_states, tokens);
+        if let Some(dense) = &self.dense {
+            x = dense.forward(x);
+        }
+        if let Some(act) = &self.act {
+            x = act.forward(x);
+        }
+        if let Some(norm) = &self.norm {
+            x = norm.forward(x);
+        }
+        match &self.output {
+            Some(output) => output.forward(x),
+            None => x,
+        }
+    }
+}
+
+/// The output layer over the vocabulary: `table` with `bias` where the two are tied, else `decoder`.
+///
+/// # Errors
+/// A tensor that is missing or misshapen.
+pub fn vocabulary_output(
+    w: &Weights,
+    [decoder, bias]: [&str; 2],
+    table: &Embedding,
+    tied: bool,
+) -> Result<Linear> {
+    let [vocab_size, width] = table.weight.shape();
+    let at = w.pp(decoder);
+    let mut output = match tied {
+        true => table.tied_output(),
+        false => Linear::load(&at, width, vocab_size, false)?,
+    };
+    // Checkpoints store the bias under one of two names, or under both, which are then the same if the rest is.
+    let places = [(w, bias), (&at, "bias")];
+    let [first, second] = if tied { places } else { [places[1], places[0]] };
+    let (w, name) = if second.0.is_stored(second.1) && !first.0.is_stored(first.1) {
+        second
+    } else {
+        first
+    };
+    output.bias = Some(w.param(name, [vocab_size], Init::Zeros)?);
+    // Nothing is made of what is stored again.
+    for (w, name) in [(&at, "weight"), first, second] {
+        w.ignore_one(name);
+    }
+    Ok(output)
+}
