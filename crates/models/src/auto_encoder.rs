@@ -210,7 +210,7 @@ fn load(
     model: &str,
 ) -> Result<(AnyEncoder, Option<Head>)> {
     let (encoder, head) = auto::build(config, weights, model, |architecture, weights| {
-        let encoder = architecture.load_encoder(weights)?;
+        let encoder = architecture.load_encoder(task, weights)?;
         let head = architecture.load_head(task, weights, &encoder, labels);
         // Heads for other tasks stand beside the base model.
         let base = format!("{}.", architecture.base());

@@ -3,15 +3,15 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use oxiformers_nn::seq2seq::{LmHead, TiedTables, load_logits_bias};
+use oxiformers_nn::seq2seq::{Half, LmHead, Reader, ShiftRight, TiedTables, load_logits_bias};
 use oxiformers_nn::{
-    Activation, Attention, AttentionConfig, Context, CrossAttention, DecoderLayer, EncoderDecoder, LayerNorm,
-    Mlp, Positions, Result, Seq2SeqLayer, Stack, Weights,
+    Activation, Attention, AttentionConfig, Context, CrossAttention, DecoderLayer, Error, Head, LayerNorm,
+    Linear, Mlp, Positions, Reads, Result, Seq2SeqLayer, Stack, Weights,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::Seq2SeqArchitecture;
 use crate::fields::one_or_more;
+use crate::{Seq2SeqArchitecture, Task};
 
 const EPS: f64 = 1e-5;
 
@@ -139,13 +139,12 @@ impl Seq2SeqLayer for Layer {
 }
 
 impl Config {
-    fn layer(&self, w: &Weights, family: &Family, decoder: bool) -> Result<Layer> {
+    fn layer(&self, half: Half, w: &Weights, family: &Family) -> Result<Layer> {
         const NAMES: [&str; 4] = ["q_proj", "k_proj", "v_proj", "out_proj"];
         let hidden = self.d_model;
-        let (heads, inner) = if decoder {
-            (self.decoder_attention_heads, self.decoder_ffn_dim)
-        } else {
-            (self.encoder_attention_heads, self.encoder_ffn_dim)
+        let (heads, inner) = match half {
+            Half::Encoder => (self.encoder_attention_heads, self.encoder_ffn_dim),
+            Half::Decoder => (self.decoder_attention_heads, self.decoder_ffn_dim),
         };
         let attention = AttentionConfig {
             qkv_bias: true,
@@ -153,7 +152,7 @@ impl Config {
             ..AttentionConfig::new(hidden, heads, heads, hidden / heads.max(1))
         };
         let norm = |name| LayerNorm::load(&w.pp(name), hidden, EPS, true);
-        let (encoder_attn, encoder_attn_layer_norm) = if decoder {
+        let (encoder_attn, encoder_attn_layer_norm) = if half == Half::Decoder {
             let w = w.pp("encoder_attn");
             let cross = CrossAttention::load_named(&w, NAMES, hidden, attention.clone())?;
             (Some(cross), Some(norm("encoder_attn_layer_norm")?))
@@ -171,29 +170,32 @@ impl Config {
         })
     }
 
-    fn stack(
+    /// Builds one half of a member of the family.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen, or a field that contradicts another.
+    pub fn stack_of(
         &self,
+        half: Half,
         w: &Weights,
         tables: &mut TiedTables,
         family: &Family,
-        decoder: bool,
     ) -> Result<Stack<Layer>> {
+        // Nobody reads it where both halves have tables of their own.
+        w.ignore(|name| name.ends_with("shared.weight"));
         let hidden = self.d_model;
-        let (half, other, layers) = match decoder {
-            true => ("decoder", "encoder", self.decoder_layers),
-            false => ("encoder", "decoder", self.encoder_layers),
-        };
-        let [own, other] = [half, other].map(|half| format!("model.{half}.embed_tokens"));
-        let embed_tokens = match family.target_vocab_size {
-            Some(size) => tables.load(&own, &[], if decoder { size } else { self.vocab_size }, hidden)?,
-            None => tables.load(
+        let [own, other] = [half, half.other()].map(|half| format!("model.{}.embed_tokens", half.name()));
+        let embed_tokens = match (family.target_vocab_size, half) {
+            (Some(size), Half::Decoder) => tables.load(&own, &[], size, hidden)?,
+            (Some(_), Half::Encoder) => tables.load(&own, &[], self.vocab_size, hidden)?,
+            (None, _) => tables.load(
                 &own,
                 &["model.shared", &other, "lm_head"],
                 self.vocab_size,
                 hidden,
             )?,
         };
-        let w = w.pp("model").pp(half);
+        let w = w.pp("model").pp(half.name());
         let positions = match family.positions {
             PositionKind::Learned { offset } => {
                 let count = self.max_position_embeddings;
@@ -207,7 +209,11 @@ impl Config {
             true => LayerNorm::load(&w.pp(name), hidden, EPS, true).map(|norm| Some(norm.into())),
             false => Ok(None),
         };
-        let layers = (0..layers).map(|i| self.layer(&w.pp("layers").pp(i), family, decoder));
+        let layers = match half {
+            Half::Encoder => self.encoder_layers,
+            Half::Decoder => self.decoder_layers,
+        };
+        let layers = (0..layers).map(|i| self.layer(half, &w.pp("layers").pp(i), family));
         Ok(Stack {
             embed_tokens,
             embed_scale: if self.scale_embedding {
@@ -222,28 +228,10 @@ impl Config {
         })
     }
 
-    /// Builds both halves of a member of the family.
-    ///
-    /// # Errors
-    /// A tensor that is missing or misshapen, or a field that contradicts another.
-    pub fn base_of(
-        &self,
-        w: &Weights,
-        tables: &mut TiedTables,
-        family: &Family,
-    ) -> Result<EncoderDecoder<Layer>> {
-        // Nobody reads it where both halves have tables of their own.
-        w.ignore(|name| name.ends_with("shared.weight"));
-        Ok(EncoderDecoder {
-            encoder: self.stack(w, tables, family, false)?,
-            decoder: self.stack(w, tables, family, true)?,
-        })
-    }
-
     /// Builds the layer that makes logits of a member of the family.
     ///
     /// # Errors
-    /// As [`base_of`](Self::base_of).
+    /// As [`stack_of`](Self::stack_of).
     pub fn lm_head_of(&self, w: &Weights, tables: &mut TiedTables, family: &Family) -> Result<LmHead> {
         const SHARED: [&str; 3] = [
             "model.shared",
@@ -261,6 +249,38 @@ impl Config {
         linear.bias = load_logits_bias(w, "final_logits_bias", vocab_size)?;
         Ok(LmHead { linear, scale: 1.0 })
     }
+
+    /// Builds the head for a task that members of the family know, of those that there are: they classify texts by
+    /// their last token, and find answers.
+    ///
+    /// # Errors
+    /// As [`stack_of`](Self::stack_of).
+    pub fn head_of(&self, task: Task, w: &Weights, labels: usize) -> Result<Option<Head>> {
+        let linear = |name, outputs| Linear::load(&w.pp(name), self.d_model, outputs, true);
+        Ok(match task {
+            Task::SequenceClassification => Some(
+                Head::new(Reads::Last)
+                    .dense(
+                        linear("classification_head.dense", self.d_model)?,
+                        Activation::Tanh,
+                    )
+                    .output(linear("classification_head.out_proj", labels)?),
+            ),
+            Task::QuestionAnswering => Some(Head::new(Reads::All).output(linear("qa_outputs", 2)?)),
+            _ => None,
+        })
+    }
+
+    /// What mBART and PLBART put before a text that their decoder is given.
+    pub(crate) fn shift_around(&self) -> Result<ShiftRight> {
+        match self.pad_token_id {
+            Some(pad) => Ok(ShiftRight::Around { pad }),
+            None => Err(Error::config(
+                "pad_token_id",
+                "is missing; it tells where a text ends",
+            )),
+        }
+    }
 }
 
 pub(crate) const FAMILY: Family = Family {
@@ -276,8 +296,8 @@ impl Seq2SeqArchitecture for Config {
     const BASE: &'static str = "model";
     const IGNORED: &'static [&'static str] = &["encoder.version", "decoder.version"];
 
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
-        self.base_of(w, tables, &FAMILY)
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Layer>> {
+        self.stack_of(half, w, tables, &FAMILY)
     }
 
     fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead> {
@@ -286,5 +306,16 @@ impl Seq2SeqArchitecture for Config {
 
     fn max_position_embeddings(&self) -> Option<usize> {
         Some(self.max_position_embeddings)
+    }
+
+    fn reader(&self, _: Task, w: &Weights) -> Result<Reader<Layer>> {
+        let start = self.decoder_start_token_id.ok_or_else(|| {
+            Error::config("decoder_start_token_id", "is missing; the decoder starts with it")
+        })?;
+        self.both_read(w, ShiftRight::After(start))
+    }
+
+    fn head(&self, task: Task, w: &Weights, labels: usize) -> Result<Option<Head>> {
+        self.head_of(task, w, labels)
     }
 }

@@ -8,10 +8,10 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Int, Tensor};
-use oxiformers_nn::seq2seq::{LmHead, TiedTables};
+use oxiformers_nn::seq2seq::{Half, LmHead, Reader, ShiftRight, TiedTables};
 use oxiformers_nn::{
     Backbone, Cache, CacheKind, Decoder, DecoderLayer, EncoderDecoder, Head, LogitsFor, Result,
-    Seq2SeqDecoder, Seq2SeqLayer, Weights,
+    Seq2SeqDecoder, Seq2SeqLayer, Stack, Weights,
 };
 
 pub mod auto;
@@ -105,25 +105,72 @@ pub trait Seq2SeqArchitecture {
     /// Tensors that checkpoints of this architecture may hold and the model does not need.
     const IGNORED: &'static [&'static str] = &[];
 
-    /// Builds both halves. `tables` are token embeddings, which they and the output layer may share.
+    /// Builds one half. `tables` are token embeddings, which both and the output layer may share.
     ///
     /// # Errors
     /// A tensor that is missing or misshapen, or a field of the configuration that contradicts another.
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Self::Layer>>;
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Self::Layer>>;
 
     /// Builds the layer that makes logits.
     ///
     /// # Errors
-    /// As [`base`](Self::base).
+    /// As [`stack`](Self::stack).
     fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead>;
 
     /// Longest sequence that either half was made for, if it says so.
     fn max_position_embeddings(&self) -> Option<usize>;
 
+    /// Builds the head for a task, which stands on what [`reader`](Self::reader) builds; none where the architecture
+    /// knows no such task. `labels` is the number of classes.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    fn head(&self, _task: Task, _w: &Weights, _labels: usize) -> Result<Option<Head>> {
+        Ok(None)
+    }
+
+    /// Builds the model as one that judges texts; where nothing says how its decoder could read one, the encoder alone.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    fn reader(&self, _task: Task, w: &Weights) -> Result<Reader<Self::Layer>> {
+        self.encoder_reads(w)
+    }
+
+    /// A [`Reader`] of the encoder alone.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    fn encoder_reads(&self, w: &Weights) -> Result<Reader<Self::Layer>> {
+        w.ignore(|name| name.contains("decoder."));
+        let encoder = self.stack(Half::Encoder, w, &mut TiedTables::new(w))?;
+        Ok(Reader::encoder(encoder, self.max_position_embeddings()))
+    }
+
+    /// A [`Reader`] of both halves.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    fn both_read(&self, w: &Weights, shift: ShiftRight) -> Result<Reader<Self::Layer>> {
+        let model = self.base(w, &mut TiedTables::new(w))?;
+        Ok(Reader::both(model, shift, self.max_position_embeddings()))
+    }
+
+    /// Builds both halves.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Self::Layer>> {
+        Ok(EncoderDecoder {
+            encoder: self.stack(Half::Encoder, w, tables)?,
+            decoder: self.stack(Half::Decoder, w, tables)?,
+        })
+    }
+
     /// Builds the model from its parameters.
     ///
     /// # Errors
-    /// As [`base`](Self::base).
+    /// As [`stack`](Self::stack).
     fn load(&self, w: &Weights) -> Result<Seq2SeqDecoder<Self::Layer>> {
         let mut tables = TiedTables::new(w);
         Ok(Seq2SeqDecoder {

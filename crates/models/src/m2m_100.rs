@@ -1,8 +1,8 @@
 //! M2M100 (Fan et al., 2021) and NLLB (Costa-jussà et al., 2022): computed positions that are counted from after the
 //! padding token's id, layer norms before the parts of a layer, and one after the last.
 
-use oxiformers_nn::seq2seq::{LmHead, TiedTables};
-use oxiformers_nn::{Activation, EncoderDecoder, Result, Weights};
+use oxiformers_nn::seq2seq::{Half, LmHead, TiedTables};
+use oxiformers_nn::{Activation, Result, Stack, Weights};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -55,8 +55,8 @@ impl Seq2SeqArchitecture for Config {
     const BASE: &'static str = "model";
     const IGNORED: &'static [&'static str] = &["embed_positions.weights"];
 
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
-        self.0.base_of(w, tables, &self.family())
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Layer>> {
+        self.0.stack_of(half, w, tables, &self.family())
     }
 
     fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead> {

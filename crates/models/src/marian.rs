@@ -1,8 +1,8 @@
 //! Marian (Junczys-Dowmunt et al., 2018): BART with computed positions, without a norm of the embeddings, and in some
 //! checkpoints with a vocabulary of the target language's own.
 
-use oxiformers_nn::seq2seq::{LmHead, TiedTables};
-use oxiformers_nn::{EncoderDecoder, Result, Weights};
+use oxiformers_nn::seq2seq::{Half, LmHead, TiedTables};
+use oxiformers_nn::{Result, Stack, Weights};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -89,8 +89,8 @@ impl Seq2SeqArchitecture for Config {
     const BASE: &'static str = "model";
     const IGNORED: &'static [&'static str] = &["embed_positions.weight"];
 
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
-        self.bart.base_of(w, tables, &self.family())
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Layer>> {
+        self.bart.stack_of(half, w, tables, &self.family())
     }
 
     fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead> {

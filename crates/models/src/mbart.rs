@@ -1,13 +1,13 @@
 //! mBART (Liu et al., 2020): BART with layer norms before the parts of a layer, and one after the last.
 
-use oxiformers_nn::seq2seq::{LmHead, TiedTables};
-use oxiformers_nn::{EncoderDecoder, Result, Weights};
+use oxiformers_nn::seq2seq::{Half, LmHead, Reader, TiedTables};
+use oxiformers_nn::{Head, Result, Stack, Weights};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::Seq2SeqArchitecture;
 use crate::bart::{self, Family, Layer};
 use crate::fields::over_defaults;
+use crate::{Seq2SeqArchitecture, Task};
 
 /// The fields of `config.json`: BART's, with other defaults.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -41,8 +41,8 @@ impl Seq2SeqArchitecture for Config {
     type Layer = Layer;
     const BASE: &'static str = "model";
 
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
-        self.0.base_of(w, tables, &FAMILY)
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Layer>> {
+        self.0.stack_of(half, w, tables, &FAMILY)
     }
 
     fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead> {
@@ -51,5 +51,13 @@ impl Seq2SeqArchitecture for Config {
 
     fn max_position_embeddings(&self) -> Option<usize> {
         Some(self.0.max_position_embeddings)
+    }
+
+    fn reader(&self, _: Task, w: &Weights) -> Result<Reader<Layer>> {
+        self.both_read(w, self.0.shift_around()?)
+    }
+
+    fn head(&self, task: Task, w: &Weights, labels: usize) -> Result<Option<Head>> {
+        self.0.head_of(task, w, labels)
     }
 }

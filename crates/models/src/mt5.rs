@@ -1,13 +1,13 @@
 //! mT5 (Xue et al., 2021): T5 1.1 for many languages; its output is never scaled.
 
-use oxiformers_nn::seq2seq::{LmHead, TiedTables};
-use oxiformers_nn::{EncoderDecoder, Result, Weights};
+use oxiformers_nn::seq2seq::{Half, LmHead, Reader, TiedTables};
+use oxiformers_nn::{Head, Result, Stack, Weights};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::Seq2SeqArchitecture;
 use crate::fields::over_defaults;
 use crate::t5::{self, IGNORED, Layer};
+use crate::{Seq2SeqArchitecture, Task};
 
 /// The fields of `config.json`: T5's, with other defaults.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -41,8 +41,8 @@ impl Seq2SeqArchitecture for Config {
     const BASE: &'static str = "";
     const IGNORED: &'static [&'static str] = IGNORED;
 
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
-        self.0.base_of(w, tables, false)
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Layer>> {
+        self.0.stack_of(half, w, tables, false)
     }
 
     fn lm_head(&self, _: &Weights, tables: &mut TiedTables) -> Result<LmHead> {
@@ -51,5 +51,13 @@ impl Seq2SeqArchitecture for Config {
 
     fn max_position_embeddings(&self) -> Option<usize> {
         None
+    }
+
+    fn reader(&self, task: Task, w: &Weights) -> Result<Reader<Layer>> {
+        self.0.reader_of(task, w, self)
+    }
+
+    fn head(&self, task: Task, w: &Weights, labels: usize) -> Result<Option<Head>> {
+        self.0.head_of(task, w, labels)
     }
 }

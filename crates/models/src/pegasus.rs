@@ -1,7 +1,7 @@
 //! PEGASUS (Zhang et al., 2020): computed positions, layer norms before the parts of a layer, and one after the last.
 
-use oxiformers_nn::seq2seq::{LmHead, TiedTables};
-use oxiformers_nn::{EncoderDecoder, Result, Weights};
+use oxiformers_nn::seq2seq::{Half, LmHead, TiedTables};
+use oxiformers_nn::{Result, Stack, Weights};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -51,8 +51,8 @@ impl Seq2SeqArchitecture for Config {
     const BASE: &'static str = "model";
     const IGNORED: &'static [&'static str] = &["embed_positions.weight"];
 
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
-        self.0.base_of(w, tables, &FAMILY)
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Layer>> {
+        self.0.stack_of(half, w, tables, &FAMILY)
     }
 
     fn lm_head(&self, w: &Weights, tables: &mut TiedTables) -> Result<LmHead> {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use oxiformers_nn::seq2seq::Encoded;
+use oxiformers_nn::seq2seq::{Encoded, Reader};
 use oxiformers_nn::{
     Backbone, Cache, CacheKind, Decoder, EncoderInputs, EncoderOutput, Error, Head, LogitsFor,
     Seq2SeqDecoder, Weights,
@@ -39,10 +39,11 @@ macro_rules! architectures {
             $($(#[$s_doc])* $s_variant(Seq2SeqDecoder<<crate::$s_module::Config as Seq2SeqArchitecture>::Layer>),)+
         }
 
-        /// An encoder of any architecture.
+        /// An encoder of any architecture, or an encoder-decoder that judges texts as encoders do.
         #[derive(Module, Debug)]
         pub enum AnyEncoder {
             $($(#[$e_doc])* $e_variant(<crate::$e_module::Config as EncoderArchitecture>::Model),)+
+            $($(#[$s_doc])* $s_variant(Reader<<crate::$s_module::Config as Seq2SeqArchitecture>::Layer>),)+
         }
 
         /// Every `model_type` that can be loaded.
@@ -75,10 +76,11 @@ macro_rules! architectures {
                 }
             }
 
-            /// Builds an encoder.
-            pub fn load_encoder(&self, w: &Weights) -> oxiformers_nn::Result<AnyEncoder> {
+            /// Builds an encoder for a task.
+            pub fn load_encoder(&self, task: Task, w: &Weights) -> oxiformers_nn::Result<AnyEncoder> {
                 match self {
                     $(Self::$e_variant(config) => config.load(w).map(AnyEncoder::$e_variant),)+
+                    $(Self::$s_variant(config) => config.reader(task, w).map(AnyEncoder::$s_variant),)+
                     _ => Err(Error::config("model_type", "is of no encoder")),
                 }
             }
@@ -95,6 +97,7 @@ macro_rules! architectures {
                     $((Self::$e_variant(config), AnyEncoder::$e_variant(model)) => {
                         config.head(task, w, model, labels)
                     })+
+                    $((Self::$s_variant(config), _) => config.head(task, w, labels),)+
                     _ => Ok(None),
                 }
             }
@@ -175,7 +178,10 @@ macro_rules! architectures {
 
         impl Backbone for AnyEncoder {
             fn forward(&self, inputs: &EncoderInputs, device: &Device) -> oxiformers_nn::Result<EncoderOutput> {
-                match self { $(Self::$e_variant(model) => model.forward(inputs, device),)+ }
+                match self {
+                    $(Self::$e_variant(model) => model.forward(inputs, device),)+
+                    $(Self::$s_variant(model) => model.forward(inputs, device),)+
+                }
             }
         }
 

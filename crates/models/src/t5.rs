@@ -3,16 +3,16 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use oxiformers_nn::seq2seq::{LmHead, TiedTables};
+use oxiformers_nn::seq2seq::{Half, LmHead, Reader, ShiftRight, TiedTables};
 use oxiformers_nn::{
-    Activation, Attention, AttentionConfig, Context, CrossAttention, DecoderLayer, EncoderDecoder, Error,
-    GatedMlp, Mlp, RelativeBias, Result, RmsNorm, Seq2SeqLayer, Stack, Weights,
+    Activation, Attention, AttentionConfig, Context, CrossAttention, DecoderLayer, Error, GatedMlp, Head,
+    Linear, Mlp, Reads, RelativeBias, Result, RmsNorm, Seq2SeqLayer, Stack, Weights,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::Seq2SeqArchitecture;
 use crate::fields::one_or_more;
+use crate::{Seq2SeqArchitecture, Task};
 
 /// The fields of `config.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -133,26 +133,26 @@ impl Config {
         })
     }
 
-    fn stack(
+    /// Builds one half; `bias_per_layer` says whether each layer has a table of relative positions.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen, or a field that contradicts another.
+    pub fn stack_of(
         &self,
+        half: Half,
         w: &Weights,
         tables: &mut TiedTables,
-        decoder: bool,
         bias_per_layer: bool,
     ) -> Result<Stack<Layer>> {
         const NAMES: [&str; 4] = ["q", "k", "v", "o"];
-        let (hidden, heads) = (self.d_model, self.num_heads);
-        let (half, other, layers) = match decoder {
-            true => (
-                "decoder",
-                "encoder",
-                self.num_decoder_layers.unwrap_or(self.num_layers),
-            ),
-            false => ("encoder", "decoder", self.num_layers),
+        let (hidden, heads, decoder) = (self.d_model, self.num_heads, half == Half::Decoder);
+        let layers = match half {
+            Half::Encoder => self.num_layers,
+            Half::Decoder => self.num_decoder_layers.unwrap_or(self.num_layers),
         };
-        let [own, other] = [half, other].map(|half| format!("{half}.embed_tokens"));
+        let [own, other] = [half, half.other()].map(|half| format!("{}.embed_tokens", half.name()));
         let embed_tokens = tables.load(&own, &["shared", &other, "lm_head"], self.vocab_size, hidden)?;
-        let w = w.pp(half);
+        let w = w.pp(half.name());
         let attention = AttentionConfig {
             scale: Some(1.0),
             ..AttentionConfig::new(hidden, heads, heads, self.d_kv)
@@ -199,26 +199,10 @@ impl Config {
         })
     }
 
-    /// Builds both halves; `bias_per_layer` says whether each layer has a table of relative positions.
-    ///
-    /// # Errors
-    /// A tensor that is missing or misshapen, or a field that contradicts another.
-    pub fn base_of(
-        &self,
-        w: &Weights,
-        tables: &mut TiedTables,
-        bias_per_layer: bool,
-    ) -> Result<EncoderDecoder<Layer>> {
-        Ok(EncoderDecoder {
-            encoder: self.stack(w, tables, false, bias_per_layer)?,
-            decoder: self.stack(w, tables, true, bias_per_layer)?,
-        })
-    }
-
     /// Builds the layer that makes logits, of hidden states that are `scaled` or not.
     ///
     /// # Errors
-    /// As [`base_of`](Self::base_of).
+    /// As [`stack_of`](Self::stack_of).
     pub fn lm_head_of(&self, tables: &mut TiedTables, scaled: bool) -> Result<LmHead> {
         let tied = ["shared", "decoder.embed_tokens", "encoder.embed_tokens"];
         let table = tables.load("lm_head", &tied, self.vocab_size, self.d_model)?;
@@ -231,6 +215,55 @@ impl Config {
             },
         })
     }
+
+    /// Builds what a head for `task` stands on, with the halves that `model` builds: both to judge a text as a whole,
+    /// else the encoder.
+    ///
+    /// # Errors
+    /// As [`stack_of`](Self::stack_of).
+    pub fn reader_of(
+        &self,
+        task: Task,
+        w: &Weights,
+        model: &impl Seq2SeqArchitecture<Layer = Layer>,
+    ) -> Result<Reader<Layer>> {
+        const HEADS: [&str; 4] = ["lm_head.", "classification_head.", "classifier.", "qa_outputs."];
+        w.ignore(|name| HEADS.iter().any(|head| name.starts_with(head)));
+        // Some heads stand beside the model, others beside its halves.
+        let beside = w.pp("transformer");
+        let w = match beside.is_stored("encoder.final_layer_norm.weight") {
+            true => &beside,
+            false => w,
+        };
+        if !matches!(task, Task::SequenceClassification | Task::QuestionAnswering) {
+            return model.encoder_reads(w);
+        }
+        let start = self.decoder_start_token_id.ok_or_else(|| {
+            Error::config("decoder_start_token_id", "is missing; the decoder starts with it")
+        })?;
+        model.both_read(w, ShiftRight::After(start))
+    }
+
+    /// Builds the head for a task: texts are classified by their last token.
+    ///
+    /// # Errors
+    /// As [`stack_of`](Self::stack_of).
+    pub fn head_of(&self, task: Task, w: &Weights, labels: usize) -> Result<Option<Head>> {
+        let linear = |name, outputs| Linear::load(&w.pp(name), self.d_model, outputs, true);
+        Ok(match task {
+            Task::SequenceClassification => Some(
+                Head::new(Reads::Last)
+                    .dense(
+                        linear("classification_head.dense", self.d_model)?,
+                        Activation::Tanh,
+                    )
+                    .output(linear("classification_head.out_proj", labels)?),
+            ),
+            Task::TokenClassification => Some(Head::new(Reads::All).output(linear("classifier", labels)?)),
+            Task::QuestionAnswering => Some(Head::new(Reads::All).output(linear("qa_outputs", 2)?)),
+            _ => None,
+        })
+    }
 }
 
 impl Seq2SeqArchitecture for Config {
@@ -238,8 +271,8 @@ impl Seq2SeqArchitecture for Config {
     const BASE: &'static str = "";
     const IGNORED: &'static [&'static str] = IGNORED;
 
-    fn base(&self, w: &Weights, tables: &mut TiedTables) -> Result<EncoderDecoder<Layer>> {
-        self.base_of(w, tables, false)
+    fn stack(&self, half: Half, w: &Weights, tables: &mut TiedTables) -> Result<Stack<Layer>> {
+        self.stack_of(half, w, tables, false)
     }
 
     fn lm_head(&self, _: &Weights, tables: &mut TiedTables) -> Result<LmHead> {
@@ -249,6 +282,14 @@ impl Seq2SeqArchitecture for Config {
 
     fn max_position_embeddings(&self) -> Option<usize> {
         None
+    }
+
+    fn reader(&self, task: Task, w: &Weights) -> Result<Reader<Layer>> {
+        self.reader_of(task, w, self)
+    }
+
+    fn head(&self, task: Task, w: &Weights, labels: usize) -> Result<Option<Head>> {
+        self.head_of(task, w, labels)
     }
 }
 

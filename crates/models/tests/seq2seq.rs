@@ -7,10 +7,14 @@ mod common;
 use std::ops::Range;
 use std::path::Path;
 
+use burn::tensor::Tensor;
 use common::{Reference, TOLERANCE, largest_difference, tensor, values};
 use oxiformers_hub::ModelFiles;
-use oxiformers_models::nn::{CacheKind, LoadOptions, LogitsFor};
-use oxiformers_models::{AutoModelForSeq2SeqLM, CausalLM, Seq2SeqLM};
+use oxiformers_models::nn::{CacheKind, EncoderInputs, LoadOptions, LogitsFor};
+use oxiformers_models::tasks::{QuestionAnswering, SequenceClassification, TaskType, TokenClassification};
+use oxiformers_models::{
+    AutoModel, AutoModelFor, AutoModelForSeq2SeqLM, AutoModelForTextEncoding, CausalLM, Seq2SeqLM,
+};
 
 /// The largest difference in the rows, `width` numbers each, for which `counts` says so.
 fn difference_where(ours: &[f32], theirs: &[f32], width: usize, counts: impl Fn(usize) -> bool) -> f32 {
@@ -92,4 +96,129 @@ fn the_wrong_kind_of_model_is_named() {
     let error = oxiformers_models::AutoModelForCausalLM::from_files(&files, &LoadOptions::default());
     let error = error.expect_err("an encoder-decoder").to_string();
     assert!(error.contains("is an encoder-decoder"), "{error}");
+}
+
+/// Largest differences `[logits, hidden states]` of tokens that are no padding.
+fn compare_head<T: TaskType>(dir: &Path, flat: impl Fn(T::Logits) -> (Vec<f32>, bool)) -> [f32; 2] {
+    let files = ModelFiles::from_dir(dir).expect("fixture");
+    let model = AutoModelFor::<T>::from_files(&files, &LoadOptions::default())
+        .unwrap_or_else(|error| panic!("{}: {error}", files.name()));
+    let (inputs, reference) = head_inputs(dir);
+    let output = model.forward(&inputs).expect("forward");
+    let (logits, of_each_token) = flat(output.logits);
+    let theirs = reference.floats("logits");
+    let logits = if of_each_token {
+        of_tokens(&logits, &theirs, &inputs)
+    } else {
+        largest_difference(&logits, &theirs)
+    };
+    [logits, hidden_states(output.hidden_states, &inputs, &reference)]
+}
+
+fn head_inputs(dir: &Path) -> (EncoderInputs, Reference) {
+    let reference = Reference::open(dir);
+    let ids = |name| {
+        let rows = reference.ids(name).into_iter();
+        rows.map(|row| row.into_iter().map(|id| id as u32).collect::<Vec<_>>())
+            .collect::<Vec<_>>()
+    };
+    let inputs = EncoderInputs::with_mask(ids("input_ids"), &ids("attention_mask")).expect("mask");
+    let inputs = EncoderInputs {
+        output_hidden_states: true,
+        ..inputs
+    };
+    (inputs, reference)
+}
+
+fn of_tokens(ours: &[f32], theirs: &[f32], inputs: &EncoderInputs) -> f32 {
+    let [batch, seq] = inputs.dims();
+    let real = |row: usize| inputs.tokens[row / seq].contains(&(row % seq));
+    difference_where(ours, theirs, theirs.len() / (batch * seq), real)
+}
+
+fn hidden_states(ours: Vec<Tensor<3>>, inputs: &EncoderInputs, reference: &Reference) -> f32 {
+    let theirs = reference.floats("hidden_states");
+    let layers = ours.len();
+    let theirs = theirs.chunks(theirs.len() / layers);
+    ours.into_iter()
+        .zip(theirs)
+        .map(|(ours, theirs)| of_tokens(&values(ours), theirs, inputs))
+        .fold(0.0, f32::max)
+}
+
+fn rows(x: Tensor<2>) -> (Vec<f32>, bool) {
+    (values(x.unsqueeze()), false)
+}
+
+#[test]
+fn heads_equal_transformers() {
+    let mut failures = Vec::new();
+    for dir in common::fixtures("seq2seq_heads") {
+        let name = dir.file_name().expect("name").to_string_lossy().into_owned();
+        let differences = match name.split_once('@').expect("task").1 {
+            "SequenceClassification" => compare_head::<SequenceClassification>(&dir, rows),
+            "TokenClassification" => compare_head::<TokenClassification>(&dir, |x| (values(x), true)),
+            "QuestionAnswering" => compare_head::<QuestionAnswering>(&dir, |x| {
+                let ends = [x.start_logits, x.end_logits].map(|x| x.unsqueeze_dim::<3>(2));
+                (values(Tensor::cat(ends.to_vec(), 2)), true)
+            }),
+            "TextEncoding" => {
+                let files = ModelFiles::from_dir(&dir).expect("fixture");
+                let model =
+                    AutoModelForTextEncoding::from_files(&files, &LoadOptions::default()).expect("model");
+                let (inputs, reference) = head_inputs(&dir);
+                let output = model.forward(&inputs).expect("forward");
+                let last = values(output.last_hidden_state);
+                [
+                    of_tokens(&last, &reference.floats("logits"), &inputs),
+                    hidden_states(output.hidden_states, &inputs, &reference),
+                ]
+            }
+            task => panic!("{task}"),
+        };
+        println!("{name:<32} {:>10.2e} {:>10.2e}", differences[0], differences[1]);
+        if differences.iter().any(|d| *d > TOLERANCE) {
+            failures.push(name);
+        }
+    }
+    assert!(failures.is_empty(), "beyond {TOLERANCE:e}: {failures:?}");
+}
+
+#[test]
+fn encoders_of_language_models() {
+    let load = |name: &str| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/seq2seq");
+        let files = ModelFiles::from_dir(&root.join(name)).expect("fixture");
+        (AutoModel::from_files(&files, &LoadOptions::default()), files)
+    };
+    let inputs = EncoderInputs::padded(&[vec![5, 6, 7, 1], vec![8, 1]], 0);
+    for name in [
+        "t5-released",
+        "umt5",
+        "bart",
+        "bart-released",
+        "plbart",
+        "marian-separate",
+        "m2m_100",
+    ] {
+        let (model, files) = load(name);
+        let output = model
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+            .forward(&inputs);
+        assert_eq!(
+            output.expect("forward").last_hidden_state.dims(),
+            [2, 4, 32],
+            "{name}"
+        );
+        let error = AutoModelFor::<SequenceClassification>::from_files(&files, &LoadOptions::default());
+        let error = error.expect_err("no head").to_string();
+        assert!(error.contains("SequenceClassification"), "{name}: {error}");
+    }
+    let long = EncoderInputs::padded(&[vec![5; 65]], 0);
+    let error = load("bart")
+        .0
+        .expect("model")
+        .forward(&long)
+        .expect_err("too long");
+    assert!(error.to_string().contains("made for 64"), "{error}");
 }

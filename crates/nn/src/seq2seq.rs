@@ -1,20 +1,48 @@
 //! The frame that encoder-decoders share: the encoder reads a source as a whole, and the decoder writes, looking at it.
+//! To judge a text instead of writing one, the decoder is given the text itself ([`Reader`]).
 
 use std::fmt::Debug;
 use std::ops::Range;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use crate::{
-    Cache, CacheKind, Context, CrossAttention, DecoderLayer, Embedding, Init, Linear, LogitsFor, Norm,
-    Positions, Result, Weights,
+    Backbone, Cache, CacheKind, Context, CrossAttention, DecoderLayer, Embedding, EncoderInputs,
+    EncoderOutput, Error, Init, Linear, LogitsFor, Norm, Positions, Result, Weights,
 };
 
 /// A layer of either half.
 pub trait Seq2SeqLayer: DecoderLayer {
     /// Attention to what the encoder has read; the encoder's own layers have none.
     fn cross_attention(&self) -> Option<&CrossAttention>;
+}
+
+/// One half of an encoder-decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// It reads.
+    Encoder,
+    /// It writes.
+    Decoder,
+}
+
+impl Half {
+    /// What checkpoints call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Encoder => "encoder",
+            Self::Decoder => "decoder",
+        }
+    }
+
+    /// The other one.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Encoder => Self::Decoder,
+            Self::Decoder => Self::Encoder,
+        }
+    }
 }
 
 /// Either half: embed, run the layers, normalize.
@@ -35,8 +63,8 @@ pub struct Stack<L: DecoderLayer> {
 }
 
 impl<L: DecoderLayer> Stack<L> {
-    /// `[batch, seq]` ids to hidden states `[batch, seq, hidden_size]`.
-    pub fn forward(&self, input_ids: Tensor<2, Int>, cx: &mut Context) -> Tensor<3> {
+    /// Hidden states of `input_ids` `[batch, seq]`; with `keep`, also the embeddings and what each layer made of them.
+    pub fn forward(&self, input_ids: Tensor<2, Int>, cx: &mut Context, keep: bool) -> EncoderOutput {
         let mut x = self.embed_tokens.forward(input_ids);
         if self.embed_scale != 1.0 {
             x = x * self.embed_scale;
@@ -47,13 +75,19 @@ impl<L: DecoderLayer> Stack<L> {
         if let Some(norm) = &self.embed_norm {
             x = norm.forward(x);
         }
+        let mut hidden_states = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
+            hidden_states.extend(keep.then(|| x.clone()));
             cx.enter_layer(index);
             x = layer.forward(x, cx);
         }
-        match &self.norm {
-            Some(norm) => norm.forward(x),
-            None => x,
+        if let Some(norm) = &self.norm {
+            x = norm.forward(x);
+        }
+        hidden_states.extend(keep.then(|| x.clone()));
+        EncoderOutput {
+            last_hidden_state: x,
+            hidden_states,
         }
     }
 }
@@ -87,7 +121,7 @@ impl<L: Seq2SeqLayer> EncoderDecoder<L> {
         let [_, seq] = input_ids.dims();
         let mut cx = Context::bidirectional(tokens.clone(), seq, input_ids.device());
         Encoded {
-            hidden_states: self.encoder.forward(input_ids, &mut cx),
+            hidden_states: self.encoder.forward(input_ids, &mut cx, false).last_hidden_state,
             tokens,
         }
     }
@@ -99,13 +133,13 @@ impl<L: Seq2SeqLayer> EncoderDecoder<L> {
         cache.set_source(layers.collect(), encoded.tokens.clone());
     }
 
-    /// The decoder's hidden states `[batch, seq, hidden_size]`; the tokens `[batch, seq]` are appended to `cache`.
-    pub fn decode(&self, input_ids: Tensor<2, Int>, cache: &mut Cache) -> Tensor<3> {
+    /// The decoder's hidden states, with `keep` of every layer; the tokens `[batch, seq]` are appended to `cache`.
+    pub fn decode(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, keep: bool) -> EncoderOutput {
         let [_, seq] = input_ids.dims();
         let mut cx = Context::new(cache, seq, input_ids.device());
-        let x = self.decoder.forward(input_ids, &mut cx);
+        let output = self.decoder.forward(input_ids, &mut cx, keep);
         cache.advance(seq);
-        x
+        output
     }
 }
 
@@ -130,7 +164,7 @@ pub struct Seq2SeqDecoder<L: Seq2SeqLayer> {
 impl<L: Seq2SeqLayer> Seq2SeqDecoder<L> {
     /// Logits `[batch, seq or 1, vocab_size]`; the tokens `[batch, seq]` are appended to `cache`.
     pub fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
-        let mut x = self.model.decode(input_ids, cache);
+        let mut x = self.model.decode(input_ids, cache, false).last_hidden_state;
         if logits_for == LogitsFor::Last {
             let seq = x.dims()[1];
             x = x.narrow(1, seq - 1, 1);
@@ -149,6 +183,102 @@ impl<L: Seq2SeqLayer> Seq2SeqDecoder<L> {
     /// Size of the vocabulary that it reads.
     pub fn source_vocab_size(&self) -> usize {
         self.model.encoder.embed_tokens.weight.shape()[0]
+    }
+}
+
+/// What stands before a text that is given to the decoder one place to the right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShiftRight {
+    /// A token.
+    After(u32),
+    /// The last token of the text that is not `pad`: the language, in mBART.
+    Around {
+        /// The padding token.
+        pad: u32,
+    },
+}
+
+impl ShiftRight {
+    /// The text one place to the right.
+    fn row(self, ids: &[u32]) -> Vec<u32> {
+        let first = match self {
+            Self::After(id) => Some(id),
+            Self::Around { pad } => {
+                // Counted, as if all padding came after the text.
+                let tokens = ids.iter().filter(|id| **id != pad).count();
+                ids.get(tokens.max(1) - 1).copied()
+            }
+        };
+        first
+            .into_iter()
+            .chain(ids.iter().copied())
+            .take(ids.len())
+            .collect()
+    }
+}
+
+/// An encoder-decoder that judges texts instead of writing.
+#[derive(Module, Debug)]
+pub struct Reader<L: Seq2SeqLayer> {
+    halves: Halves<L>,
+    #[module(skip)]
+    max_position_embeddings: Option<usize>,
+    #[module(skip)]
+    shift: Option<ShiftRight>,
+}
+
+/// Which halves read.
+#[derive(Module, Debug)]
+enum Halves<L: Seq2SeqLayer> {
+    Encoder(Stack<L>),
+    Both(EncoderDecoder<L>),
+}
+
+impl<L: Seq2SeqLayer> Reader<L> {
+    /// The encoder alone reads.
+    pub fn encoder(encoder: Stack<L>, max_position_embeddings: Option<usize>) -> Self {
+        Self {
+            halves: Halves::Encoder(encoder),
+            max_position_embeddings,
+            shift: None,
+        }
+    }
+
+    /// The encoder reads the text, and then the decoder, looking at what the encoder made of it, once more.
+    pub fn both(model: EncoderDecoder<L>, shift: ShiftRight, max_position_embeddings: Option<usize>) -> Self {
+        Self {
+            halves: Halves::Both(model),
+            max_position_embeddings,
+            shift: Some(shift),
+        }
+    }
+}
+
+impl<L: Seq2SeqLayer> Backbone for Reader<L> {
+    fn forward(&self, inputs: &EncoderInputs, device: &Device) -> Result<EncoderOutput> {
+        let [batch, seq] = inputs.dims();
+        if let Some(most) = self.max_position_embeddings.filter(|most| seq > *most) {
+            let message =
+                format!("a sequence of {seq} tokens, but the model was made for {most}; truncate it");
+            return Err(Error::input("input_ids", message));
+        }
+        let keep = inputs.output_hidden_states;
+        let vocab_size = |half: &Stack<L>| half.embed_tokens.weight.shape()[0];
+        match &self.halves {
+            Halves::Encoder(encoder) => {
+                let ids = inputs.ids(vocab_size(encoder), device)?;
+                Ok(encoder.forward(ids, &mut inputs.context(device), keep))
+            }
+            Halves::Both(model) => {
+                let ids = inputs.ids(vocab_size(&model.encoder), device)?;
+                let shift = |ids: &Vec<u32>| self.shift.map_or(ids.clone(), |shift| shift.row(ids));
+                let targets: Vec<_> = inputs.input_ids.iter().map(shift).collect();
+                let targets = inputs.tensor("input_ids", &targets, vocab_size(&model.decoder), device)?;
+                let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; batch]);
+                model.attend_to(&model.encode(ids, inputs.tokens.clone()), &mut cache);
+                Ok(model.decode(targets, &mut cache, keep))
+            }
+        }
     }
 }
 
@@ -204,4 +334,17 @@ pub fn load_logits_bias(w: &Weights, name: &str, vocab_size: usize) -> Result<Op
         bias.id,
         bias.val().reshape([vocab_size]),
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_one_place_to_the_right() {
+        assert_eq!(ShiftRight::After(9).row(&[5, 6, 2]), [9, 5, 6]);
+        assert_eq!(ShiftRight::Around { pad: 1 }.row(&[5, 6, 2, 1]), [2, 5, 6, 2]);
+        assert_eq!(ShiftRight::Around { pad: 1 }.row(&[1, 1]), [1, 1]);
+        assert!(ShiftRight::After(9).row(&[]).is_empty());
+    }
 }
