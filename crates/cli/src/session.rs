@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use oxiformers::hub::{Bars, FetchOptions, ModelFiles, Source, default_chat_model, resolve};
+use oxiformers::models::registry::Kind;
 use oxiformers::nn::LoadOptions;
 use oxiformers::{
     AutoConfig, CausalLM, GenerationConfig, Generator, LanguageModel, Seq2SeqModel, Tokenizer, device,
@@ -39,12 +40,13 @@ impl TextModel {
     /// Loads a model of either kind.
     pub fn load(model: &str, run: &RunArgs) -> anyhow::Result<Self> {
         let (files, options) = (files(Some(model))?, options(run)?);
-        let reads =
-            files.gguf().is_none() && AutoConfig::from_files(&files)?.architecture.is_encoder_decoder();
-        Ok(if reads {
-            Self::Seq2Seq(Box::new(Seq2SeqModel::from_files(&files, &options)?))
-        } else {
-            Self::Language(Box::new(LanguageModel::from_files(&files, &options)?))
+        let kind = match files.gguf() {
+            Some(_) => Kind::Decoder,
+            None => AutoConfig::from_files(&files)?.architecture.kind(),
+        };
+        Ok(match kind {
+            Kind::EncoderDecoder => Self::Seq2Seq(Box::new(Seq2SeqModel::from_files(&files, &options)?)),
+            _ => Self::Language(Box::new(LanguageModel::from_files(&files, &options)?)),
         })
     }
 

@@ -13,6 +13,28 @@ use serde_json::Value;
 
 use crate::{Architecture, EncoderArchitecture, Seq2SeqArchitecture, Task};
 
+/// Which halves a model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It continues texts.
+    Decoder,
+    /// It reads a text and writes another.
+    EncoderDecoder,
+    /// It reads texts.
+    Encoder,
+}
+
+impl Kind {
+    fn is_no(self, wanted: &str) -> Error {
+        let name = match self {
+            Self::Decoder => "a decoder",
+            Self::EncoderDecoder => "an encoder-decoder",
+            Self::Encoder => "an encoder",
+        };
+        Error::config("model_type", format!("is that of {name}, which is no {wanted}"))
+    }
+}
+
 macro_rules! architectures {
     (
         decoders { $($(#[$doc:meta])* $variant:ident($module:ident) = $($model_type:literal)|+;)+ }
@@ -64,7 +86,7 @@ macro_rules! architectures {
             pub fn load(&self, w: &Weights) -> oxiformers_nn::Result<AnyDecoder> {
                 match self {
                     $(Self::$variant(config) => config.load(w).map(AnyDecoder::$variant),)+
-                    _ => Err(Error::config("model_type", "is of no causal language model")),
+                    _ => Err(self.kind().is_no("causal language model")),
                 }
             }
 
@@ -72,7 +94,7 @@ macro_rules! architectures {
             pub fn load_seq2seq(&self, w: &Weights) -> oxiformers_nn::Result<AnySeq2Seq> {
                 match self {
                     $(Self::$s_variant(config) => config.load(w).map(AnySeq2Seq::$s_variant),)+
-                    _ => Err(Error::config("model_type", "is of no encoder-decoder")),
+                    _ => Err(self.kind().is_no("encoder-decoder")),
                 }
             }
 
@@ -81,7 +103,7 @@ macro_rules! architectures {
                 match self {
                     $(Self::$e_variant(config) => config.load(w).map(AnyEncoder::$e_variant),)+
                     $(Self::$s_variant(config) => config.reader(task, w).map(AnyEncoder::$s_variant),)+
-                    _ => Err(Error::config("model_type", "is of no encoder")),
+                    _ => Err(self.kind().is_no("encoder")),
                 }
             }
 
@@ -102,14 +124,13 @@ macro_rules! architectures {
                 }
             }
 
-            /// Whether it is an encoder.
-            pub fn is_encoder(&self) -> bool {
-                matches!(self, $(Self::$e_variant(_))|+)
-            }
-
-            /// Whether it is an encoder-decoder.
-            pub fn is_encoder_decoder(&self) -> bool {
-                matches!(self, $(Self::$s_variant(_))|+)
+            /// Which halves it has.
+            pub fn kind(&self) -> Kind {
+                match self {
+                    $(Self::$variant(_) => Kind::Decoder,)+
+                    $(Self::$s_variant(_) => Kind::EncoderDecoder,)+
+                    $(Self::$e_variant(_) => Kind::Encoder,)+
+                }
             }
 
             /// The typed configuration as JSON: fields that were not given have the architecture's defaults.

@@ -95,7 +95,7 @@ fn the_wrong_kind_of_model_is_named() {
     let files = ModelFiles::from_dir(&root.join("seq2seq/t5")).expect("fixture");
     let error = oxiformers_models::AutoModelForCausalLM::from_files(&files, &LoadOptions::default());
     let error = error.expect_err("an encoder-decoder").to_string();
-    assert!(error.contains("is an encoder-decoder"), "{error}");
+    assert!(error.contains("that of an encoder-decoder"), "{error}");
 }
 
 /// Largest differences `[logits, hidden states]` of tokens that are no padding.
