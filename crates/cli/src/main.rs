@@ -21,7 +21,17 @@ use args::{Cli, Command};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Lets the allocator keep freed pages for a second instead of ten milliseconds: between two steps of a model, the
+/// system would take them away and clear them anew.
+fn keep_freed_pages() {
+    // `mi_option_purge_delay` of mimalloc.h, which the bindings do not name.
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    // SAFETY: no other thread runs yet.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 1000) };
+}
+
 fn main() -> ExitCode {
+    keep_freed_pages();
     let cli = Cli::parse();
     // What hf_hub logs is said in our own words where it matters.
     let level = tracing_subscriber::EnvFilter::try_from_env("OXIFORMERS_LOG")

@@ -11,7 +11,8 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use crate::activation::{self, Activation};
-use crate::threads::{for_each, num_threads, pieces};
+use crate::output::Output;
+use crate::threads::{for_each, for_each_chunk, num_threads, pieces};
 
 /// Rows of weights in a panel.
 const PANEL: usize = 16;
@@ -78,22 +79,24 @@ impl DenseMatrix {
             start,
         };
         let row_bytes = cols * float.bytes();
-        let to = Out(matrix.data[start..].as_mut_ptr());
-        let (count, size) = pieces(panels, 4);
-        for_each(count, |piece| {
-            for panel in piece * size..panels.min((piece + 1) * size) {
-                let rows = panel * PANEL..rows.min((panel + 1) * PANEL);
-                // SAFETY: panels are disjoint, and each task has its own.
-                let to = unsafe { std::slice::from_raw_parts_mut(to.at(panel * panel_bytes), panel_bytes) };
-                let from = &bytes[rows.start * row_bytes..rows.end * row_bytes];
-                match float {
-                    Float::F32 => regroup(from, row_bytes, to, |b| u32::from_le_bytes(b).to_ne_bytes()),
-                    _ => regroup(from, row_bytes, to, |b| u16::from_le_bytes(b).to_ne_bytes()),
+        let (_, size) = pieces(panels, 4);
+        let chunk = (size * panel_bytes).max(1);
+        for_each_chunk(
+            &mut matrix.data[start..][..panels * panel_bytes],
+            chunk,
+            |piece, to| {
+                let from =
+                    piece * size * PANEL * row_bytes..bytes.len().min((piece + 1) * size * PANEL * row_bytes);
+                let panels = bytes[from.clone()].chunks(PANEL * row_bytes);
+                for (from, to) in panels.zip(to.chunks_exact_mut(panel_bytes)) {
+                    match float {
+                        Float::F32 => regroup(from, row_bytes, to, |b| u32::from_le_bytes(b).to_ne_bytes()),
+                        _ => regroup(from, row_bytes, to, |b| u16::from_le_bytes(b).to_ne_bytes()),
+                    }
                 }
-            }
-            let rows = piece * size * PANEL..rows.min((piece + 1) * size * PANEL);
-            done(&bytes[rows.start * row_bytes..rows.end * row_bytes]);
-        });
+                done(&bytes[from]);
+            },
+        );
         matrix
     }
 
@@ -138,24 +141,18 @@ impl Weight<'_> {
     }
 }
 
-/// One result of a product.
-pub struct Product<'a> {
-    /// `[out_features, in_features]`.
-    pub weight: Weight<'a>,
-    /// `[out_features]`.
-    pub bias: Option<&'a [f32]>,
-    /// `[batch, out_features]`, overwritten.
-    pub out: &'a mut [f32],
-}
+/// Weights and the bias `[out_features]` that is added to their product.
+pub type Layer<'a> = (Weight<'a>, Option<&'a [f32]>);
 
-/// `act(x · Wᵀ + bias)` of `x` `[batch, in_features]` for several weights of the same `in_features`.
-pub fn matmul(x: &[f32], in_features: usize, products: Vec<Product>, act: Option<Activation>) {
+/// `act(x · Wᵀ + bias)`, `[batch, out_features]`, of `x` `[batch, in_features]` for several weights of the same
+/// `in_features`.
+pub fn matmul(x: &[f32], in_features: usize, layers: &[Layer], act: Option<Activation>) -> Vec<Vec<f32>> {
     let batch = x.len() / in_features.max(1);
-    let products: Vec<_> = products.into_iter().map(Shared::from).collect();
+    let products: Vec<_> = layers.iter().map(|layer| Product::new(*layer, batch)).collect();
     // Rows in equal blocks, and so many pairs of panels a task that all threads have some.
     let blocks = batch.div_ceil(ROWS).max(1);
     let rows = batch.div_ceil(blocks);
-    let pairs: usize = products.iter().map(Shared::pairs).sum();
+    let pairs: usize = products.iter().map(Product::pairs).sum();
     let work = batch * in_features * pairs * 2 * PANEL;
     let chunks = match work {
         ..SMALL => 1,
@@ -188,43 +185,31 @@ pub fn matmul(x: &[f32], in_features: usize, products: Vec<Product>, act: Option
     } else {
         for_each(blocks * chunks, task);
     }
+    // SAFETY: the tasks were all rows times all panels.
+    products
+        .into_iter()
+        .map(|product| unsafe { product.out.done() })
+        .collect()
 }
 
 /// A product whose result several tasks write.
-struct Shared<'a> {
+struct Product<'a> {
     weight: Weight<'a>,
     bias: Option<&'a [f32]>,
-    out: Out<f32>,
+    out: Output,
 }
 
-impl<'a> From<Product<'a>> for Shared<'a> {
-    fn from(product: Product<'a>) -> Self {
-        Self {
-            weight: product.weight,
-            bias: product.bias,
-            out: Out(product.out.as_mut_ptr()),
-        }
+impl<'a> Product<'a> {
+    fn new((weight, bias): Layer<'a>, batch: usize) -> Self {
+        let out = Output::new(batch * weight.shape()[0]);
+        Self { weight, bias, out }
     }
-}
 
-impl Shared<'_> {
     /// Pairs of panels, the last of which may be half empty.
     fn pairs(&self) -> usize {
         self.weight.shape()[0].div_ceil(2 * PANEL)
     }
 }
-
-/// Where tasks write, each its own elements.
-struct Out<T>(*mut T);
-
-impl<T> Out<T> {
-    fn at(&self, index: usize) -> *mut T {
-        self.0.wrapping_add(index)
-    }
-}
-
-// SAFETY: every task writes elements that no other one reads or writes.
-unsafe impl<T> Sync for Out<T> {}
 
 thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
@@ -233,7 +218,7 @@ thread_local! {
 /// Some rows of `x` times some panels.
 struct Task<'a> {
     x: &'a [f32],
-    product: &'a Shared<'a>,
+    product: &'a Product<'a>,
     /// The row of the result that the first row of `x` makes.
     first_row: usize,
     panels: Range<usize>,
@@ -1033,13 +1018,9 @@ mod tests {
         let x = noise(1, batch * cols);
         let bias = noise(2, rows);
         for bias in [None, Some(&bias[..])] {
-            let mut out = vec![f32::NAN; batch * rows];
-            let product = Product {
-                weight,
-                bias,
-                out: &mut out,
+            let [out] = &matmul(&x, cols, &[(weight, bias)], act)[..] else {
+                panic!("one result");
             };
-            matmul(&x, cols, vec![product], act);
             for (found, expected) in out.iter().zip(expected(&x, w, [rows, cols], bias)) {
                 let expected = if act == Some(Activation::Relu) {
                     expected.max(0.0)
@@ -1108,14 +1089,9 @@ mod tests {
             let finite_bytes: Vec<u8> = finite.iter().flat_map(|bits| bits.to_le_bytes()).collect();
             for (bits, bytes) in [(bits, bytes), (finite, finite_bytes)] {
                 let packed = DenseMatrix::pack(Float::F16, bits.len(), 1, &bytes, &|_| ());
-                let mut out = vec![0.0; batch * bits.len()];
-                let product = Product {
-                    weight: Weight::Packed(&packed),
-                    bias: None,
-                    out: &mut out,
-                };
-                matmul(&vec![1.0; batch], 1, vec![product], None);
-                for (bits, found) in bits.iter().cycle().zip(&out) {
+                let weight = Weight::Packed(&packed);
+                let out = &matmul(&vec![1.0; batch], 1, &[(weight, None)], None)[0];
+                for (bits, found) in bits.iter().cycle().zip(out) {
                     let expected = half::f16::from_bits(*bits).to_f32();
                     assert!(
                         *found == expected || found.is_nan() && expected.is_nan(),
@@ -1130,22 +1106,13 @@ mod tests {
     fn several_at_once() {
         let (a, b) = (noise(4, 40 * 64), noise(5, 100 * 64));
         let x = noise(1, 20 * 64);
-        let (mut first, mut second) = (vec![0.0; 20 * 40], vec![0.0; 20 * 100]);
-        let products = vec![
-            Product {
-                weight: Weight::Plain(&a, [40, 64]),
-                bias: None,
-                out: &mut first,
-            },
-            Product {
-                weight: Weight::Plain(&b, [100, 64]),
-                bias: None,
-                out: &mut second,
-            },
+        let layers = [
+            (Weight::Plain(&a, [40, 64]), None),
+            (Weight::Plain(&b, [100, 64]), None),
         ];
-        matmul(&x, 64, products, None);
+        let out = matmul(&x, 64, &layers, None);
         let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
-        assert!(near(&first, &expected(&x, &a, [40, 64], None)));
-        assert!(near(&second, &expected(&x, &b, [100, 64], None)));
+        assert!(near(&out[0], &expected(&x, &a, [40, 64], None)));
+        assert!(near(&out[1], &expected(&x, &b, [100, 64], None)));
     }
 }

@@ -13,6 +13,7 @@ pub mod int8;
 pub mod linear;
 mod math;
 pub mod norm;
+mod output;
 pub mod packed;
 pub mod rotary;
 #[cfg(test)]

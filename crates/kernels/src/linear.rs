@@ -6,9 +6,9 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{Tensor, TensorData};
 
 use crate::activation::Activation;
-use crate::dense::{self, Product};
+use crate::dense;
 use crate::flex;
-use crate::int8::{self, Activations, Int8Matrix};
+use crate::int8::{self, Int8Matrix};
 use crate::packed::{PackedMatrix, matmul_transposed};
 use crate::threads::for_each_chunk;
 
@@ -110,11 +110,12 @@ impl Operand {
         }
     }
 
-    fn float(&self) -> Option<dense::Weight<'_>> {
-        match &self.weight {
-            Source::Dense(values, shape) => Some(dense::Weight::Plain(flex::values(values), *shape)),
-            Source::Packed(matrix) => matrix.dense().map(dense::Weight::Packed),
-        }
+    fn float(&self) -> Option<dense::Layer<'_>> {
+        let weight = match &self.weight {
+            Source::Dense(values, shape) => dense::Weight::Plain(flex::values(values), *shape),
+            Source::Packed(matrix) => dense::Weight::Packed(matrix.dense()?),
+        };
+        Some((weight, self.bias.as_ref().map(flex::values)))
     }
 }
 
@@ -126,43 +127,41 @@ fn on_the_cpu<const D: usize, const N: usize>(
     let x = flex::contiguous(x);
     let mut dims: [usize; D] = std::array::from_fn(|axis| x.layout().shape()[axis]);
     let (values, in_features) = (flex::values(&x), dims[D - 1]);
-    let rows = values.len() / in_features.max(1);
     let operands = layers.map(Operand::new);
-    let mut outs = [const { Vec::new() }; N];
-    for (out, operand) in outs.iter_mut().zip(&operands) {
-        *out = vec![0.0f32; rows * operand.out_features()];
-    }
-    let int8: Vec<_> = operands.iter().filter_map(Operand::int8).collect();
-    if int8.len() == N {
-        int8::matmul(&Activations::quantize(values, in_features), &int8, &mut outs);
-        for (operand, out) in operands.iter().zip(&mut outs) {
-            finish(out, operand, act);
-        }
-    } else {
-        let mut products = Vec::with_capacity(N);
-        for (operand, out) in operands.iter().zip(&mut outs) {
-            if let Some(weight) = operand.float() {
-                let bias = operand.bias();
-                products.push(Product { weight, bias, out });
-                continue;
-            }
-            match (operand.int8(), &operand.weight) {
-                (Some(matrix), _) => {
-                    let x = Activations::quantize(values, in_features);
-                    int8::matmul(&x, &[matrix], std::slice::from_mut(out));
-                }
-                (None, Source::Packed(matrix)) => matmul_transposed(values, matrix.as_ref(), out),
-                (None, Source::Dense(..)) => {}
-            }
-            finish(out, operand, act);
-        }
-        dense::matmul(values, in_features, products, act);
-    }
-    let mut operands = operands.iter();
-    outs.map(|out| {
-        dims[D - 1] = operands.next().map_or(0, Operand::out_features);
+    let outs = products(values, in_features, &operands, act);
+    let mut outs = outs.into_iter().zip(&operands);
+    std::array::from_fn(|_| {
+        let (out, width) = outs
+            .next()
+            .map_or((Vec::new(), 0), |(out, operand)| (out, operand.out_features()));
+        dims[D - 1] = width;
         flex::tensor(out, dims)
     })
+}
+
+/// `[rows, out_features]` for each operand.
+fn products(x: &[f32], in_features: usize, operands: &[Operand], act: Option<Activation>) -> Vec<Vec<f32>> {
+    let int8: Vec<_> = operands.iter().filter_map(Operand::int8).collect();
+    if int8.len() == operands.len() {
+        let mut outs = int8::matmul(x, in_features, &int8);
+        for (operand, out) in operands.iter().zip(&mut outs) {
+            finish(out, operand, act);
+        }
+        return outs;
+    }
+    let float: Vec<_> = operands.iter().filter_map(Operand::float).collect();
+    if float.len() == operands.len() {
+        return dense::matmul(x, in_features, &float, act);
+    }
+    if let [operand] = operands
+        && let Source::Packed(matrix) = &operand.weight
+    {
+        let mut out = matmul_transposed(x, matrix.as_ref());
+        finish(&mut out, operand, act);
+        return vec![out];
+    }
+    let one = |operand| products(x, in_features, std::slice::from_ref(operand), act);
+    operands.iter().flat_map(one).collect()
 }
 
 /// Adds the bias and applies the activation.

@@ -8,6 +8,7 @@ use burn::tensor::{Int, Shape, Tensor, TensorData};
 
 use crate::dense::DenseMatrix;
 use crate::int8::Int8Matrix;
+use crate::output::Output;
 use crate::threads::{for_each, pieces};
 
 /// A weight matrix `[out_features, in_features]` kept in its storage format.
@@ -59,19 +60,21 @@ pub fn packed_rows(ids: Tensor<1, Int>, weight: &Arc<dyn PackedMatrix>) -> Tenso
 /// Rows that one task widens at a time: with 4096 columns, 256 KiB of f32, about an L2 cache's half.
 const TILE_ROWS: usize = 16;
 
-/// `out[b, o] = Σᵢ x[b, i] · W[o, i]` with `x` `[batch, in_features]`, row-major.
-pub(crate) fn matmul_transposed(x: &[f32], weight: &dyn PackedMatrix, out: &mut [f32]) {
+/// `Σᵢ x[b, i] · W[o, i]`, `[batch, out_features]`, with `x` `[batch, in_features]`.
+pub(crate) fn matmul_transposed(x: &[f32], weight: &dyn PackedMatrix) -> Vec<f32> {
     let [out_features, in_features] = weight.shape();
-    if in_features == 0 || out_features == 0 || x.is_empty() {
-        return;
+    let batch = x.len() / in_features.max(1);
+    let out = Output::new(batch * out_features);
+    if batch > 0 {
+        for_each_tile(out_features, |rows, scratch| {
+            scratch.resize(rows.len() * in_features, 0.0);
+            weight.dequantize_rows(rows.clone(), scratch);
+            // SAFETY: every task writes the columns `rows` of `out` only, and tasks never share rows.
+            unsafe { tile(x, in_features, scratch, out.at(0), out_features, rows) };
+        });
     }
-    let out = SharedOut(out.as_mut_ptr());
-    for_each_tile(out_features, |rows, scratch| {
-        scratch.resize(rows.len() * in_features, 0.0);
-        weight.dequantize_rows(rows.clone(), scratch);
-        // SAFETY: every task writes the columns `rows` of `out` only, and tasks never share rows.
-        unsafe { tile(x, in_features, scratch, out.get(), out_features, rows) };
-    });
+    // SAFETY: the tiles are all columns.
+    unsafe { out.done() }
 }
 
 /// One tile: all of `x` times the widened rows.
@@ -151,21 +154,6 @@ impl pulp::WithSimd for Dot<'_> {
         sum + x_tail.iter().zip(w_tail).map(|(x, w)| x * w).sum::<f32>()
     }
 }
-
-/// A raw pointer that tasks may share because they write disjoint columns.
-#[derive(Clone, Copy)]
-struct SharedOut(*mut f32);
-
-impl SharedOut {
-    fn get(self) -> *mut f32 {
-        self.0
-    }
-}
-
-// SAFETY: see `matmul_transposed`: tasks write disjoint elements.
-unsafe impl Sync for SharedOut {}
-// SAFETY: as above.
-unsafe impl Send for SharedOut {}
 
 /// Calls `task` for consecutive row ranges, in parallel, each with a scratch buffer.
 fn for_each_tile(rows: usize, task: impl Fn(Range<usize>, &mut Vec<f32>) + Sync) {

@@ -29,12 +29,12 @@ pub fn pieces(len: usize, min: usize) -> (usize, usize) {
 }
 
 /// Calls `task` with the chunks of `values` that are `size` long (the last may be shorter) and their indices.
-pub fn for_each_chunk(values: &mut [f32], size: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
-    struct Start(*mut f32);
+pub fn for_each_chunk<T: Send>(values: &mut [T], size: usize, task: impl Fn(usize, &mut [T]) + Sync) {
+    struct Start<T>(*mut T);
     // SAFETY: see below.
-    unsafe impl Sync for Start {}
-    impl Start {
-        fn at(&self, index: usize) -> *mut f32 {
+    unsafe impl<T: Send> Sync for Start<T> {}
+    impl<T> Start<T> {
+        fn at(&self, index: usize) -> *mut T {
             self.0.wrapping_add(index)
         }
     }

@@ -192,7 +192,7 @@ unsafe fn sum<F: Format<B, N>, const B: usize, const N: usize>(halves: *const i3
 /// # Safety
 /// `block` points to the code planes of a block.
 #[inline(always)]
-unsafe fn step<S: Simd, const STEP: usize>(block: *const u8, bits: usize) -> S::Int {
+pub(super) unsafe fn step<S: Simd, const STEP: usize>(block: *const u8, bits: usize) -> S::Int {
     // SAFETY: the caller's.
     unsafe {
         let low = plane::<S, STEP>(block, planes(bits)[0]);

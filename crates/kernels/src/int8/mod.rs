@@ -9,16 +9,22 @@
 //! llama.cpp has it, a small model's answers come out differently now and then. Reading the weights takes longer
 //! than the second product. Products are exact in 32-bit integers.
 
+use std::cell::Cell;
+use std::ops::Range;
+
 use half::slice::HalfFloatSliceExt;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
 
 use crate::ggml::{Format, Groups, Visitor, with_format};
+use crate::output::Output;
 use crate::threads::{for_each, pieces};
 
 mod kernel;
 mod simd;
+mod wide;
 
 use kernel::{Kernel, kernel};
+use wide::{MANY, Unpacked, Wide, wide};
 
 /// Rows of a tile.
 const TILE: usize = 16;
@@ -30,6 +36,7 @@ pub struct Int8Matrix {
     rows: usize,
     cols: usize,
     kernel: Kernel,
+    wide: Option<Wide>,
     /// Bytes of a block of a tile: codes, then half-float scales and minimums of its 16 rows.
     block_bytes: usize,
     /// Starts at `start`, a multiple of 64 as an address.
@@ -99,6 +106,7 @@ impl Int8Matrix {
                     rows: self.rows,
                     cols: self.cols,
                     kernel,
+                    wide: wide::<F, B, N>(),
                     block_bytes,
                     data,
                     start,
@@ -281,8 +289,8 @@ const fn planes(bits: usize) -> [usize; 2] {
 /// The largest code of an activation.
 const LARGEST: f32 = 127.0 * 128.0;
 
-/// Rows of activations, quantized.
-pub struct Activations {
+/// Rows of activations, quantized to bytes for the kernels for few rows.
+struct Activations {
     rows: usize,
     cols: usize,
     /// High and low bytes, `128 · high + low`. [Batch](batches) for batch of `m` rows:
@@ -297,7 +305,7 @@ pub struct Activations {
 impl Activations {
     /// Quantizes `x` `[rows, cols]`, `cols` a multiple of 32: in each block of 32 the largest value becomes
     /// 127 · 128.
-    pub fn quantize(x: &[f32], cols: usize) -> Self {
+    fn quantize(x: &[f32], cols: usize) -> Self {
         let rows = x.len() / cols.max(1);
         let mut all = Self {
             rows,
@@ -306,30 +314,92 @@ impl Activations {
             scales: vec![0.0; x.len() / BLOCK],
             sums: vec![0; x.len() / (BLOCK / 2)],
         };
-        let batches: Vec<_> = batches(rows).collect();
+        let mut from = 0;
+        for (first, len) in batches(rows) {
+            let (codes, scales, sums) = (
+                &mut all.codes[2 * from..],
+                &mut all.scales[from / BLOCK..],
+                &mut all.sums[2 * from / BLOCK..],
+            );
+            let x = &x[first * cols..(first + len) * cols];
+            pulp::Arch::new().dispatch(|| quantize_bytes(x, cols, codes, scales, sums));
+            from += len * cols;
+        }
+        all
+    }
+}
+
+/// Rows of activations, quantized to 16 bits for the kernels for many rows.
+struct ManyActivations {
+    rows: usize,
+    cols: usize,
+    /// Number of batches, of sizes that differ by one at most.
+    batches: usize,
+    /// Batch for batch of `m` rows: `[cols / 4, 2, m, 2]`, the columns `(4 s, 4 s + 2)` and `(4 s + 1, 4 s + 3)`.
+    codes: Vec<i16>,
+    /// Batch for batch: `[cols / 32, m]`.
+    scales: Vec<f32>,
+    /// Sums of values in blocks, and in their first and second halves; batch for batch: `[cols / 32, 3, m]`.
+    sums: Vec<f32>,
+}
+
+/// A batch of [`ManyActivations`].
+#[derive(Clone, Copy)]
+struct Quantized<'a> {
+    codes: &'a [i16],
+    scales: &'a [f32],
+    sums: &'a [f32],
+}
+
+impl ManyActivations {
+    /// Quantizes `x` `[rows, cols]` as [`Activations::quantize`] does, in batches of at most `most` rows.
+    fn quantize(x: &[f32], cols: usize, most: usize) -> Self {
+        let rows = x.len() / cols.max(1);
+        let mut all = Self {
+            rows,
+            cols,
+            batches: rows.div_ceil(most),
+            codes: vec![0; x.len()],
+            scales: vec![0.0; x.len() / BLOCK],
+            sums: vec![0.0; 3 * x.len() / BLOCK],
+        };
         let (codes, scales, sums) = (
             Shared(all.codes.as_mut_ptr()),
             Shared(all.scales.as_mut_ptr()),
             Shared(all.sums.as_mut_ptr()),
         );
         // Below some thousand values, handing over costs more than the work.
-        let (count, size) = pieces(batches.len(), 16 * 1024 / (8 * cols).max(1));
+        let (count, size) = pieces(all.batches, 16 * 1024 / (most * cols).max(1));
         for_each(count, |piece| {
-            for (first, len) in &batches[piece * size..batches.len().min((piece + 1) * size)] {
-                let (from, len) = (first * cols, len * cols);
+            for batch in piece * size..all.batches.min((piece + 1) * size) {
+                let rows = all.rows_of(batch);
+                let (from, len) = (rows.start * cols, rows.len() * cols);
                 // SAFETY: batches are disjoint ranges of rows.
                 let (codes, scales, sums) = unsafe {
                     (
-                        std::slice::from_raw_parts_mut(codes.at(2 * from), 2 * len),
+                        std::slice::from_raw_parts_mut(codes.at(from), len),
                         std::slice::from_raw_parts_mut(scales.at(from / BLOCK), len / BLOCK),
-                        std::slice::from_raw_parts_mut(sums.at(2 * from / BLOCK), 2 * len / BLOCK),
+                        std::slice::from_raw_parts_mut(sums.at(3 * from / BLOCK), 3 * len / BLOCK),
                     )
                 };
                 let x = &x[from..from + len];
-                pulp::Arch::new().dispatch(|| quantize(x, cols, codes, scales, sums));
+                pulp::Arch::new().dispatch(|| quantize_words(x, cols, codes, scales, sums));
             }
         });
         all
+    }
+
+    fn rows_of(&self, batch: usize) -> Range<usize> {
+        batch * self.rows / self.batches..(batch + 1) * self.rows / self.batches
+    }
+
+    fn batch(&self, rows: &Range<usize>) -> Quantized<'_> {
+        let values = rows.start * self.cols..rows.end * self.cols;
+        Quantized {
+            codes: &self.codes[values.clone()],
+            scales: &self.scales[values.start / BLOCK..values.end / BLOCK],
+            sums: &self.sums[3 * values.start / BLOCK..3 * values.end / BLOCK],
+        }
     }
 }
 
@@ -344,9 +414,39 @@ fn batches(rows: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-/// Quantizes a batch.
+/// Quantizes a block: whole numbers of 15 bits, and their scale.
 #[inline(always)]
-fn quantize(x: &[f32], cols: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+fn quantize_block(x: &[f32; BLOCK]) -> ([i32; BLOCK], f32) {
+    // As integers the bits of absolute values are ordered as the values are, infinity and NaN last.
+    let largest = x.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).fold(0, u32::max);
+    let largest = f32::from_bits(largest);
+    let mut whole = [0i32; BLOCK];
+    if !largest.is_finite() {
+        return (whole, f32::NAN);
+    }
+    let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+    // Adding this rounds to whole numbers, which then stand in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    // A plain loop: what a closure is given to would not be compiled for this processor.
+    for (whole, x) in whole.iter_mut().zip(x) {
+        *whole = ((x * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    }
+    (whole, largest / LARGEST)
+}
+
+/// The sums of both halves of a block.
+#[inline(always)]
+fn half_sums(whole: &[i32; BLOCK]) -> [i32; 2] {
+    let mut sums = [0i32; 2];
+    for (sum, whole) in sums.iter_mut().zip(whole.as_chunks::<16>().0) {
+        *sum = whole.iter().fold(0, |sum, whole| sum.wrapping_add(*whole));
+    }
+    sums
+}
+
+/// Quantizes a batch of [`Activations`].
+#[inline(always)]
+fn quantize_bytes(x: &[f32], cols: usize, codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
     let rows = x.len() / cols;
     let blocks = x
         .as_chunks::<BLOCK>()
@@ -355,28 +455,13 @@ fn quantize(x: &[f32], cols: usize, codes: &mut [i8], scales: &mut [f32], sums: 
         .zip(scales)
         .zip(sums.as_chunks_mut::<2>().0);
     for (index, ((x, scale), sums)) in blocks.enumerate() {
-        // As integers the bits of absolute values are ordered as the values are, infinity and NaN last.
-        let largest = x.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).fold(0, u32::max);
-        let largest = f32::from_bits(largest);
-        if !largest.is_finite() {
-            *scale = f32::NAN;
-            continue;
-        }
-        *scale = largest / LARGEST;
-        let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-        // Adding this rounds to whole numbers, which then stand in the low bits.
-        const ROUND: f32 = 12_582_912.0;
-        // Plain loops: what a closure is given to would not be compiled for this processor.
-        let (mut whole, mut high, mut low) = ([0i32; BLOCK], [0i8; BLOCK], [0i8; BLOCK]);
-        for (whole, x) in whole.iter_mut().zip(x) {
-            *whole = ((x * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-        }
+        let whole;
+        (whole, *scale) = quantize_block(x);
+        *sums = half_sums(&whole);
+        let (mut high, mut low) = ([0i8; BLOCK], [0i8; BLOCK]);
         for ((high, low), whole) in high.iter_mut().zip(&mut low).zip(&whole) {
             let top = whole.wrapping_add(64) >> 7;
             (*high, *low) = (top as i8, whole.wrapping_sub(top << 7) as i8);
-        }
-        for (sum, whole) in sums.iter_mut().zip(whole.as_chunks::<16>().0) {
-            *sum = whole.iter().fold(0, |sum, whole| sum.wrapping_add(*whole));
         }
         let (row, block) = (index / (cols / BLOCK), index % (cols / BLOCK));
         let from = high.as_chunks::<4>().0.iter().zip(low.as_chunks::<4>().0);
@@ -387,54 +472,145 @@ fn quantize(x: &[f32], cols: usize, codes: &mut [i8], scales: &mut [f32], sums: 
     }
 }
 
-/// `out[i][r, o] = Σ x[r, k] · W_i[o, k]` for all matrices, which have the columns of `x`; each `out` is
-/// `[rows, out_features]`.
-pub fn matmul(x: &Activations, weights: &[&Int8Matrix], outs: &mut [Vec<f32>]) {
-    struct Part<'a> {
-        weight: &'a Int8Matrix,
-        out: Shared<f32>,
-        /// Of the first tile, counted over all matrices.
-        first: usize,
+/// Quantizes a batch of [`ManyActivations`].
+#[inline(always)]
+fn quantize_words(x: &[f32], cols: usize, codes: &mut [i16], scales: &mut [f32], sums: &mut [f32]) {
+    let (rows, blocks) = (x.len() / cols, cols / BLOCK);
+    for (index, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+        let (row, block) = (index / blocks, index % blocks);
+        let (whole, scale) = quantize_block(x);
+        scales[block * rows + row] = scale;
+        let [first, second] = half_sums(&whole);
+        for (part, sum) in [first.wrapping_add(second), first, second]
+            .into_iter()
+            .enumerate()
+        {
+            sums[(3 * block + part) * rows + row] = scale * sum as f32;
+        }
+        let to = codes[rows * BLOCK * block..].as_chunks_mut::<2>().0;
+        for (four, to) in whole.as_chunks::<4>().0.iter().zip(to.chunks_exact_mut(2 * rows)) {
+            to[row] = [four[0] as i16, four[2] as i16];
+            to[rows + row] = [four[1] as i16, four[3] as i16];
+        }
     }
-    let mut tiles = 0;
-    let mut parts = Vec::with_capacity(weights.len());
-    for (weight, out) in weights.iter().zip(outs) {
-        assert_eq!(x.cols, weight.cols, "columns of activations and weights");
-        assert_eq!(out.len(), x.rows * weight.rows, "room for the result");
-        parts.push(Part {
+}
+
+/// For each matrix, which has the `cols` columns of `x`, `out[r, o] = Σ x[r, k] · W[o, k]`.
+///
+/// # Panics
+/// Where sizes do not fit.
+pub fn matmul(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> {
+    let fit = weights.iter().all(|weight| weight.cols == cols);
+    assert!(fit, "columns of activations and weights");
+    let rows = x.len() / cols.max(1);
+    let tiles = Tiles::new(weights, rows);
+    match weights.first().and_then(|weight| weight.wide) {
+        Some(wide) if rows >= MANY => {
+            many_rows(&ManyActivations::quantize(x, cols, wide.multiply.len()), &tiles);
+        }
+        _ => few_rows(&Activations::quantize(x, cols), &tiles),
+    }
+    // SAFETY: the kernels have multiplied all tiles with all rows.
+    tiles
+        .parts
+        .into_iter()
+        .map(|part| unsafe { part.1.done() })
+        .collect()
+}
+
+/// A tile of several matrices, and where its results go.
+struct Tile<'a> {
+    weight: &'a Int8Matrix,
+    codes: &'a [u8],
+    factors: &'a [f32],
+    /// The first value.
+    out: *mut f32,
+    /// Rows of weights in it.
+    columns: usize,
+}
+
+/// The tiles of several matrices in a row.
+struct Tiles<'a> {
+    /// A matrix, its result, and its first tile.
+    parts: Vec<(&'a Int8Matrix, Output, usize)>,
+    count: usize,
+}
+
+impl<'a> Tiles<'a> {
+    /// The tiles of `weights`, and room for their products with so many rows of activations.
+    fn new(weights: &[&'a Int8Matrix], rows: usize) -> Self {
+        let mut count = 0;
+        let mut parts = Vec::with_capacity(weights.len());
+        for weight in weights {
+            parts.push((*weight, Output::new(rows * weight.rows), count));
+            count += weight.rows.div_ceil(TILE);
+        }
+        Self { parts, count }
+    }
+
+    fn get(&self, tile: usize) -> Option<Tile<'a>> {
+        let (weight, out, first) = self.parts.iter().rev().find(|part| part.2 <= tile)?;
+        let tile = tile - first;
+        let tile_bytes = weight.cols / BLOCK * weight.block_bytes;
+        Some(Tile {
             weight,
-            out: Shared(out.as_mut_ptr()),
-            first: tiles,
-        });
-        tiles += weight.rows.div_ceil(TILE);
+            codes: &weight.data[weight.start + tile * tile_bytes..][..tile_bytes],
+            factors: &weight.factors[tile * TILE..][..TILE],
+            out: out.at(tile * TILE),
+            columns: (weight.rows - tile * TILE).min(TILE),
+        })
     }
+}
+
+fn few_rows(x: &Activations, tiles: &Tiles) {
     // A few kilobytes of weights at least, which take about a microsecond to read.
-    let tile_bytes = weights
+    let tile_bytes = tiles
+        .parts
         .first()
-        .map_or(1, |w| w.block_bytes * (w.cols / BLOCK).max(1));
-    let (count, size) = pieces(tiles, (16 * 1024 / (tile_bytes * x.rows.max(1)).max(1)).max(1));
+        .map_or(1, |(w, ..)| w.block_bytes * (w.cols / BLOCK).max(1));
+    let least = 16 * 1024 / (tile_bytes * x.rows.max(1)).max(1);
+    let (count, size) = pieces(tiles.count, least.max(1));
     for_each(count, |piece| {
-        for tile in piece * size..tiles.min((piece + 1) * size) {
-            let part = parts.iter().rev().find(|part| part.first <= tile);
-            let Some(Part { weight, out, first }) = part else {
-                continue;
-            };
-            let tile = tile - first;
-            let tile_bytes = weight.cols / BLOCK * weight.block_bytes;
-            let codes = &weight.data[weight.start + tile * tile_bytes..][..tile_bytes];
-            // SAFETY: the kernel was chosen for this processor; the tile has all its blocks, `x` and `out` were
-            // checked above, and no other task writes these columns.
-            unsafe {
-                (weight.kernel)(
-                    codes.as_ptr(),
-                    weight.factors[tile * TILE..].as_ptr(),
-                    x,
-                    out.at(tile * TILE),
-                    weight.rows,
-                    (weight.rows - tile * TILE).min(TILE),
-                );
+        for tile in piece * size..tiles.count.min((piece + 1) * size) {
+            let Some(tile) = tiles.get(tile) else { continue };
+            let (codes, factors) = (tile.codes.as_ptr(), tile.factors.as_ptr());
+            // SAFETY: the kernel was chosen for this processor; the tile has all its blocks, sizes were checked by
+            // `matmul`, and no other task writes these columns.
+            unsafe { (tile.weight.kernel)(codes, factors, x, tile.out, tile.weight.rows, tile.columns) };
+        }
+    });
+}
+
+thread_local! {
+    static UNPACKED: Cell<Unpacked> = Cell::default();
+}
+
+/// Bytes of activations that go with one tile after the other: half of a larger cache.
+const BLOCK_BYTES: usize = 1 << 20;
+
+fn many_rows(x: &ManyActivations, tiles: &Tiles) {
+    let (count, size) = pieces(tiles.count, 1);
+    let batch_bytes = 2 * x.cols * x.rows.div_ceil(x.batches.max(1));
+    let batches = (BLOCK_BYTES / batch_bytes.max(1)).clamp(1, x.batches.max(1));
+    let blocks = x.batches.div_ceil(batches);
+    for_each(blocks * count, |task| {
+        let (block, piece) = (task / count, task % count);
+        let mut unpacked = UNPACKED.take();
+        for tile in piece * size..tiles.count.min((piece + 1) * size) {
+            let Some(tile) = tiles.get(tile) else { continue };
+            let Some(wide) = tile.weight.wide else { continue };
+            // SAFETY: as for few rows.
+            unsafe { (wide.unpack)(tile.codes.as_ptr(), x.cols / BLOCK, &mut unpacked) };
+            for batch in block * batches..x.batches.min((block + 1) * batches) {
+                let rows = x.rows_of(batch);
+                let (batch, stride) = (x.batch(&rows), tile.weight.rows);
+                let out = tile.out.wrapping_add(rows.start * stride);
+                let multiply = wide.multiply[rows.len() - 1];
+                // SAFETY: as for few rows.
+                unsafe { multiply(&unpacked, tile.factors.as_ptr(), batch, out, stride, tile.columns) };
             }
         }
+        UNPACKED.set(unpacked);
     });
 }
 
@@ -507,6 +683,7 @@ mod tests {
 
         fn visit<F: Format<B, N>, const B: usize, const N: usize>(mut self) -> Int8Matrix {
             self.0.kernel = kernel::avx2::<F, B, N>;
+            self.0.wide = Some(wide::avx2::kernels::<F, B, N>());
             self.0
         }
     }
@@ -526,33 +703,28 @@ mod tests {
                 dequantize(*ty, &bytes, &mut weights).unwrap();
                 let pack = || Int8Matrix::pack(*ty, rows, cols, &bytes, &|_| ()).unwrap();
                 let matrices = [pack(), with_format(*ty, WithAvx2(pack()))];
-                for batch in [1, 2, 3, 7, 8, 19] {
+                for batch in [1, 2, 3, 7, 8, 19, 24, 29] {
                     let x: Vec<f32> = noise(7)
                         .map(|n| (n >> 8) as f32 / 8e6 - 1.0)
                         .take(batch * cols)
                         .collect();
-                    let activations = Activations::quantize(&x, cols);
-                    let code = |r: usize, k: usize| {
-                        let (first, size) = batches(batch).find(|(first, size)| r < first + size).unwrap();
-                        let at = 2 * first * cols + (k / 4 * 2 * size + r - first) * 4 + k % 4;
-                        let (high, low) = (activations.codes[at], activations.codes[at + 4 * size]);
-                        128.0 * f64::from(high) + f64::from(low)
+                    let quantized: Vec<_> = x.as_chunks().0.iter().map(quantize_block).collect();
+                    let code = |index: usize| {
+                        let (codes, scale) = &quantized[index / BLOCK];
+                        f64::from(codes[index % BLOCK]) * f64::from(*scale)
                     };
                     for (index, x) in x.iter().enumerate() {
-                        let scale = f64::from(activations.scales[index / BLOCK]);
-                        let error = f64::from(*x) - code(index / cols, index % cols) * scale;
-                        assert!(error.abs() <= 0.501 * scale);
+                        let error = f64::from(*x) - code(index);
+                        assert!(error.abs() <= 0.501 * f64::from(quantized[index / BLOCK].1));
                     }
                     for (level, matrix) in matrices.iter().enumerate() {
-                        let mut outs = [vec![f32::NAN; batch * rows], vec![f32::NAN; batch * rows]];
-                        matmul(&activations, &[matrix, matrix], &mut outs);
+                        let outs = matmul(&x, cols, &[matrix, matrix]);
                         assert_eq!(outs[0], outs[1]);
                         for (index, ours) in outs[0].iter().enumerate() {
                             let (r, o) = (index / rows, index % rows);
                             let (mut sum, mut size) = (0.0, 0.0);
                             for k in 0..cols {
-                                let scale = f64::from(activations.scales[(r * cols + k) / BLOCK]);
-                                let product = code(r, k) * scale * f64::from(weights[o * cols + k]);
+                                let product = code(r * cols + k) * f64::from(weights[o * cols + k]);
                                 sum += product;
                                 size += product.abs();
                             }
@@ -575,12 +747,14 @@ mod tests {
         let bytes = random_blocks(GgmlType::Q4_0, 16);
         let matrix = Int8Matrix::pack(GgmlType::Q4_0, 8, 64, &bytes, &|_| ()).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
-            let mut x = vec![1.0; 128];
-            x[70] = bad;
-            let mut outs = [vec![0.0; 16]];
-            matmul(&Activations::quantize(&x, 64), &[&matrix], &mut outs);
-            assert!(outs[0][..8].iter().all(|y| y.is_finite()));
-            assert!(outs[0][8..].iter().all(|y| y.is_nan()));
+            for rows in [2, 40] {
+                let mut x = vec![1.0; 64 * rows];
+                x[70] = bad;
+                let outs = matmul(&x, 64, &[&matrix]);
+                for (index, y) in outs[0].iter().enumerate() {
+                    assert_eq!(y.is_nan(), index / 8 == 1);
+                }
+            }
         }
     }
 

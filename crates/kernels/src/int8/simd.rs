@@ -36,6 +36,14 @@ pub(super) trait Simd: Copy {
         from: *const i8,
         full: bool,
     );
+    /// The bytes 0 and 2 of each lane, and 1 and 3, each pair as unsigned 16-bit numbers.
+    unsafe fn widen(v: Self::Int) -> (Self::Int, Self::Int);
+    /// `a − b` of 16-bit numbers.
+    unsafe fn sub_words(a: Self::Int, b: Self::Int) -> Self::Int;
+    /// Adds to each lane of `sums[m]` the dot product of its two signed 16-bit numbers `w` with the two numbered `m`
+    /// of `from`.
+    unsafe fn dot_words<const M: usize>(sums: &mut [Self::Int; M], w: Self::Int, from: *const i16);
+    unsafe fn store_int(v: Self::Int, to: *mut u8);
     /// `128 · high + low`, lane by lane.
     unsafe fn join_sums(high: Self::Int, low: Self::Int) -> Self::Int;
 
@@ -106,6 +114,27 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn widen(v: __m512i) -> (__m512i, __m512i) {
+            unsafe {
+                let even = _mm512_and_si512(v, _mm512_set1_epi16(0xFF));
+                (even, _mm512_srli_epi16::<8>(v))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sub_words(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_sub_epi16(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn dot_words<const M: usize>(sums: &mut [__m512i; M], w: __m512i, from: *const i16) {
+            for (m, sum) in sums.iter_mut().enumerate() {
+                *sum = unsafe { dot_pairs(*sum, w, from.add(2 * m)) };
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_int(v: __m512i, to: *mut u8) {
+            unsafe { _mm512_storeu_si512(to.cast(), v) }
+        }
+        #[inline(always)]
         unsafe fn join_sums(high: __m512i, low: __m512i) -> __m512i {
             unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
         }
@@ -150,6 +179,22 @@ mod x86 {
                 acc = inout(zmm_reg) acc,
                 w = in(zmm_reg) w,
                 four = in(reg) four,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        acc
+    }
+
+    /// See [`dot`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    unsafe fn dot_pairs(mut acc: __m512i, w: __m512i, two: *const i16) -> __m512i {
+        unsafe {
+            std::arch::asm!(
+                "vpdpwssd {acc}, {w}, dword ptr [{two}]{{1to16}}",
+                acc = inout(zmm_reg) acc,
+                w = in(zmm_reg) w,
+                two = in(reg) two,
                 options(pure, readonly, nostack, preserves_flags),
             );
         }
@@ -223,6 +268,38 @@ mod x86 {
                         low[m][half] = dot(low[m][half], w[half], four(M + m));
                     }
                 }
+            }
+        }
+        #[inline(always)]
+        unsafe fn widen(v: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
+            unsafe {
+                let low = _mm256_set1_epi16(0xFF);
+                (
+                    both!(|v| _mm256_and_si256(v, low)),
+                    both!(|v| _mm256_srli_epi16::<8>(v)),
+                )
+            }
+        }
+        #[inline(always)]
+        unsafe fn sub_words(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+            unsafe { both!(|a, b| _mm256_sub_epi16(a, b)) }
+        }
+        #[inline(always)]
+        unsafe fn dot_words<const M: usize>(sums: &mut [[__m256i; 2]; M], w: [__m256i; 2], from: *const i16) {
+            for (m, sum) in sums.iter_mut().enumerate() {
+                unsafe {
+                    let x = _mm256_set1_epi32(from.add(2 * m).cast::<i32>().read_unaligned());
+                    for (sum, w) in sum.iter_mut().zip(w) {
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(w, x));
+                    }
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_int(v: [__m256i; 2], to: *mut u8) {
+            unsafe {
+                _mm256_storeu_si256(to.cast(), v[0]);
+                _mm256_storeu_si256(to.add(32).cast(), v[1]);
             }
         }
         #[inline(always)]
