@@ -217,8 +217,8 @@ unsafe fn multiply<S: Simd, const GROUPS: usize, const MIN: bool, const M: usize
                     let from = x_sums.add(if GROUPS == 1 { 0 } else { (1 + group) * M });
                     let min = S::load_float(mins);
                     mins = mins.add(TILE);
-                    for m in 0..M {
-                        total[m] = S::scale_add(min, *from.add(m), total[m]);
+                    for (m, total) in total.iter_mut().enumerate() {
+                        *total = S::scale_add(min, *from.add(m), *total);
                     }
                 }
             }
