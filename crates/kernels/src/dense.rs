@@ -192,6 +192,33 @@ pub fn matmul(x: &[f32], in_features: usize, layers: &[Layer], act: Option<Activ
         .collect()
 }
 
+/// `act(x · W₁ᵀ + b₁) · W₂ᵀ + b₂`, `[batch, out_features]`, of `x` `[batch, in_features]`.
+///
+/// What is between the two products stays in the cache, some rows at a time.
+pub fn feed_forward(x: &[f32], in_features: usize, [first, second]: [Layer; 2], act: Activation) -> Vec<f32> {
+    let batch = x.len() / in_features.max(1);
+    let [inner, _] = first.0.shape();
+    let blocks = batch.div_ceil(ROWS);
+    // Few rows: all threads on one product, then on the other.
+    if blocks < 2 * num_threads() {
+        let between = matmul(x, in_features, &[first], Some(act)).concat();
+        return matmul(&between, inner, &[second], None).concat();
+    }
+    let rows = batch.div_ceil(blocks);
+    let out = Product::new(second, batch);
+    for_each(blocks, |block| {
+        let rows = block * rows..batch.min((block + 1) * rows);
+        let between = Product::new(first, rows.len());
+        let x = &x[rows.start * in_features..rows.end * in_features];
+        Task::all(x, &between, 0, Some(act)).run();
+        // SAFETY: the task has written all rows.
+        let between = unsafe { between.out.done() };
+        Task::all(&between, &out, rows.start, None).run();
+    });
+    // SAFETY: the tasks have written all rows.
+    unsafe { out.out.done() }
+}
+
 /// A product whose result several tasks write.
 struct Product<'a> {
     weight: Weight<'a>,
@@ -225,7 +252,18 @@ struct Task<'a> {
     act: Option<Activation>,
 }
 
-impl Task<'_> {
+impl<'a> Task<'a> {
+    /// All panels.
+    fn all(x: &'a [f32], product: &'a Product<'a>, first_row: usize, act: Option<Activation>) -> Self {
+        Self {
+            x,
+            product,
+            first_row,
+            panels: 0..2 * product.pairs(),
+            act,
+        }
+    }
+
     fn run(&self) {
         let [out_features, in_features] = self.product.weight.shape();
         let rows = self.x.len() / in_features.max(1);
@@ -1098,6 +1136,25 @@ mod tests {
                         "{bits:x}"
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn both_layers_of_a_feed_forward_block() {
+        let (a, b) = (noise(4, 50 * 24), noise(5, 30 * 50));
+        let bias = noise(6, 50);
+        let layers = [
+            (Weight::Plain(&a, [50, 24]), Some(&bias[..])),
+            (Weight::Plain(&b, [30, 50]), None),
+        ];
+        for batch in [3, ROWS * 2 * num_threads() + 5] {
+            let x = noise(1, batch * 24);
+            let mut between = expected(&x, &a, [50, 24], Some(&bias));
+            between.iter_mut().for_each(|x| *x = x.max(0.0));
+            let found = feed_forward(&x, 24, layers, Activation::Relu);
+            for (found, expected) in found.iter().zip(expected(&between, &b, [30, 50], None)) {
+                assert!((found - expected).abs() < 1e-3, "{found} {expected}");
             }
         }
     }

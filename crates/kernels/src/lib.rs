@@ -22,7 +22,7 @@ pub mod threads;
 
 pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
-pub use linear::{Weight, linear, linears};
+pub use linear::{Weight, feed_forward, linear, linears};
 pub use norm::{layer_norm, rms_norm};
 pub use packed::{PackedMatrix, packed_rows};
 pub use rotary::rotary;

@@ -49,23 +49,42 @@ pub fn linears<const D: usize, const N: usize>(
     layers: [Layer; N],
     act: Option<Activation>,
 ) -> [Tensor<D>; N] {
-    let plain = layers.iter().all(|(weight, bias)| {
-        let weight = match weight {
-            Weight::Dense(tensor) => flex::is_plain(&tensor.clone().into_dispatch()),
-            Weight::Packed(_) => true,
-        };
-        weight
-            && bias
-                .as_ref()
-                .is_none_or(|bias| flex::is_plain(&bias.clone().into_dispatch()))
-    });
-    if !plain {
+    if !layers.iter().all(is_plain) {
         return layers.map(|layer| reference(x.clone(), layer, act));
     }
     match flex::unwrap(x) {
         Ok(x) => on_the_cpu(x, layers, act),
         Err(x) => layers.map(|layer| reference(x.clone(), layer, act)),
     }
+}
+
+/// A feed-forward block: one layer, the activation, and another layer; `[.., in_features]` to `[.., out_features]`.
+pub fn feed_forward<const D: usize>(x: Tensor<D>, [first, second]: [Layer; 2], act: Activation) -> Tensor<D> {
+    if !is_plain(&first) || !is_plain(&second) {
+        return linear(linear(x, first, Some(act)), second, None);
+    }
+    let x = match flex::unwrap(x) {
+        Ok(x) => flex::contiguous(x),
+        Err(x) => return linear(linear(x, first, Some(act)), second, None),
+    };
+    let operands = [Operand::new(first.clone()), Operand::new(second.clone())];
+    let [Some(a), Some(b)] = operands.each_ref().map(Operand::float) else {
+        return linear(linear(flex::wrap(x), first, Some(act)), second, None);
+    };
+    let mut dims: [usize; D] = std::array::from_fn(|axis| x.layout().shape()[axis]);
+    let out = dense::feed_forward(flex::values(&x), dims[D - 1], [a, b], act);
+    dims[D - 1] = operands[1].out_features();
+    flex::tensor(out, dims)
+}
+
+/// Whether a kernel may read the values.
+fn is_plain((weight, bias): &Layer) -> bool {
+    let weight = match weight {
+        Weight::Dense(tensor) => flex::is_plain(&tensor.clone().into_dispatch()),
+        Weight::Packed(_) => true,
+    };
+    let bias = bias.as_ref().map(|bias| bias.clone().into_dispatch());
+    weight && bias.as_ref().is_none_or(flex::is_plain)
 }
 
 /// What is read of a layer.
@@ -215,6 +234,16 @@ fn reference<const D: usize>(x: Tensor<D>, (weight, bias): Layer, act: Option<Ac
 mod tests {
     use super::*;
     use crate::testing::{noise, tracked, worst};
+
+    #[test]
+    fn feed_forward_like_the_reference() {
+        let (a, b) = (noise(2, [50, 24]), noise(3, [30, 50]));
+        let x = noise(1, [2, 9, 24]);
+        let layers = |a: Tensor<2>, b: Tensor<2>| [(Weight::Dense(a), None), (Weight::Dense(b), None)];
+        let tracked_layers = layers(tracked(a.clone()), tracked(b.clone()));
+        let expected = feed_forward(tracked(x.clone()), tracked_layers, Activation::Gelu);
+        assert!(worst(feed_forward(x, layers(a, b), Activation::Gelu), expected) < 1e-4);
+    }
 
     #[test]
     fn like_the_reference() {

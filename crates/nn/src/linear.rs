@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use oxiformers_kernels::{Activation, PackedMatrix, Weight, linear, linears};
+use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, linear, linears};
 
 use crate::{Error, Init, Result, Weights};
 
@@ -120,6 +120,11 @@ impl Linear {
     /// Several layers over the same input, at once where their weights allow it.
     pub fn forward_all<const D: usize, const N: usize>(layers: [&Self; N], x: Tensor<D>) -> [Tensor<D>; N] {
         linears(x, layers.map(Self::operand), None)
+    }
+
+    /// `second(act(first(x)))`: `[.., in_features]` to `[.., out_features]`.
+    pub fn feed_forward<const D: usize>(layers: [&Self; 2], x: Tensor<D>, act: Activation) -> Tensor<D> {
+        feed_forward(x, layers.map(Self::operand), act)
     }
 
     fn operand(&self) -> (Weight, Option<Tensor<1>>) {

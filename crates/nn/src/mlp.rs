@@ -153,6 +153,6 @@ impl Mlp {
 
     /// `[.., hidden]` to the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.fc2.forward(self.fc1.forward_act(x, self.act))
+        Linear::feed_forward([&self.fc1, &self.fc2], x, self.act)
     }
 }
