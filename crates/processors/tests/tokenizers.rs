@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use bytes::Bytes;
 use oxiformers_hub::ModelFiles;
 use oxiformers_processors::Tokenizer;
-use oxiformers_processors::tokenizer::PaddingSide;
+use oxiformers_processors::tokenizer::{EncodeOptions, Padding, Side};
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -260,6 +260,17 @@ fn the_real_smollm2_equals_llama_cpp() {
     assert!(tokens.contains(&"0".to_owned()), "{tokens:?}");
 }
 
+/// All rows as long as the longest.
+fn padded(side: Option<Side>) -> EncodeOptions {
+    EncodeOptions {
+        padding: Some(Padding {
+            side,
+            ..Padding::default()
+        }),
+        ..EncodeOptions::default()
+    }
+}
+
 #[test]
 fn pairs_and_batches() {
     for (name, tokenizer) in ALL.iter().filter(|(name, _)| name.starts_with("bert")) {
@@ -269,7 +280,9 @@ fn pairs_and_batches() {
         );
         let first = tokenizer.encode("the fox", false).unwrap();
         let second = tokenizer.encode("jumps over dogs", false).unwrap();
-        let pair = tokenizer.encode_pair("the fox", "jumps over dogs", true).unwrap();
+        let pair = tokenizer
+            .encode_with(("the fox", "jumps over dogs"), &EncodeOptions::default())
+            .unwrap();
         let expected = [&[cls], first.as_slice(), &[sep], second.as_slice(), &[sep]].concat();
         assert_eq!(pair.ids, expected, "{name}");
         let types = [vec![0; first.len() + 2], vec![1; second.len() + 1]].concat();
@@ -280,10 +293,11 @@ fn pairs_and_batches() {
             continue;
         }
         assert_eq!(tokenizer.pad_token(), Some("[PAD]"), "{name}");
-        for (side, at) in [(PaddingSide::Left, 0), (PaddingSide::Right, 1)] {
+        for (side, at) in [(Side::Left, 0), (Side::Right, 1)] {
             let texts = ["the fox", "the fox jumps over dogs"];
-            let batch = tokenizer.encode_batch(&texts, true, Some(side)).unwrap();
-            let width = batch.input_ids[1].len();
+            let batch = tokenizer.encode_batch(texts, &padded(Some(side))).unwrap();
+            let (ids, attention) = (batch.input_ids(), batch.attention_mask());
+            let [_, width] = batch.shape();
             let short = first.len() + 2;
             let mask: &[Vec<u32>] = &[vec![0; width - short], vec![1; short]];
             let mask = if at == 0 {
@@ -291,12 +305,12 @@ fn pairs_and_batches() {
             } else {
                 [mask[1].clone(), mask[0].clone()].concat()
             };
-            assert_eq!(batch.attention_mask[0], mask, "{name}");
-            assert_eq!(batch.attention_mask[1], vec![1; width], "{name}");
+            assert_eq!(attention[0], mask, "{name}");
+            assert_eq!(attention[1], vec![1; width], "{name}");
             let padding = if at == 0 {
-                &batch.input_ids[0][..width - short]
+                &ids[0][..width - short]
             } else {
-                &batch.input_ids[0][short..]
+                &ids[0][short..]
             };
             assert!(
                 padding.iter().all(|id| Some(*id) == tokenizer.pad_token_id()),
@@ -309,8 +323,8 @@ fn pairs_and_batches() {
 #[test]
 fn padding_needs_a_token() {
     let tokenizer = &ALL.iter().find(|(name, _)| name.starts_with("gpt2 ")).unwrap().1;
-    assert!(tokenizer.encode_batch(&["a", "a"], false, None).is_ok());
-    let error = tokenizer.encode_batch(&["a", "a b c"], false, None).unwrap_err();
+    assert!(tokenizer.encode_batch(["a", "a"], &padded(None)).is_ok());
+    let error = tokenizer.encode_batch(["a", "a b c"], &padded(None)).unwrap_err();
     assert!(error.to_string().contains("pad_token"), "{error}");
 }
 
@@ -367,9 +381,10 @@ proptest! {
     #[test]
     fn any_text_can_be_encoded(text in any::<String>()) {
         for (name, tokenizer) in ALL.iter() {
-            let encoding = tokenizer.encode_with_offsets(&text, true).unwrap();
+            let encoding = tokenizer.encode_with(&text, &EncodeOptions::default()).unwrap();
             prop_assert_eq!(&encoding.ids, &tokenizer.encode(&text, true).unwrap(), "{}", name);
-            prop_assert!(encoding.offsets.iter().all(|(start, end)| text.get(*start..*end).is_some()), "{}", name);
+            let length = text.chars().count();
+            prop_assert!(encoding.offsets.iter().all(|(start, end)| start <= end && *end <= length), "{}", name);
             tokenizer.encode_text_only(&text).unwrap();
         }
     }

@@ -1,6 +1,7 @@
 //! A rendered conversation to token ids, with one BOS at most.
 
-use super::{ChatTemplate, RenderOptions, Rendered, assistant_mask, char_to_byte_spans};
+use super::{ChatTemplate, RenderOptions, Rendered, assistant_mask};
+use crate::tokenizer::EncodeOptions;
 use crate::{Result, Tokenizer};
 
 /// The tokens of a rendered conversation.
@@ -18,11 +19,14 @@ impl Rendered {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode(&self, tokenizer: &Tokenizer) -> Result<EncodedChat> {
-        let encoding = tokenizer.encode_with_offsets(&self.text, false)?;
-        let spans = char_to_byte_spans(&self.text, &self.generation);
+        let options = EncodeOptions {
+            add_special_tokens: false,
+            ..EncodeOptions::default()
+        };
+        let encoding = tokenizer.encode_with(&self.text, &options)?;
         let offsets: Vec<_> = encoding.offsets.iter().map(|(start, end)| *start..*end).collect();
         Ok(EncodedChat {
-            assistant_mask: assistant_mask(&spans, &offsets),
+            assistant_mask: assistant_mask(&self.generation, &offsets),
             ids: encoding.ids,
         })
     }
@@ -49,7 +53,7 @@ impl ChatTemplate {
 /// # Errors
 /// As [`Tokenizer::encode`].
 pub fn encode_prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding = tokenizer.encode_with_offsets(text, true)?;
+    let encoding = tokenizer.encode_with(text, &EncodeOptions::default())?;
     let mut ids = encoding.ids;
     let doubled = tokenizer
         .bos_token_id()

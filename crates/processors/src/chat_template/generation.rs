@@ -35,9 +35,8 @@ pub(super) fn function(progress: Arc<Mutex<Progress>>) -> Value {
 
 /// One flag per token: does the token hold text of a generation block?
 ///
-/// `offsets` are the character ranges of the tokens in the rendered text (add them up over a tokenizer that
-/// counts bytes with [`char_to_byte_spans`] on the spans instead); as in Transformers, from the token with a
-/// span's first character to the token with its last.
+/// `offsets` are the character ranges of the tokens in the rendered text; as in Transformers, from the token
+/// with a span's first character to the token with its last.
 pub fn assistant_mask(spans: &[Range<usize>], offsets: &[Range<usize>]) -> Vec<bool> {
     let mut mask = vec![false; offsets.len()];
     let token_at = |at: usize| offsets.iter().position(|token| token.contains(&at));
@@ -53,20 +52,6 @@ pub fn assistant_mask(spans: &[Range<usize>], offsets: &[Range<usize>]) -> Vec<b
     mask
 }
 
-/// Turns character ranges into byte ranges of `text`.
-pub fn char_to_byte_spans(text: &str, spans: &[Range<usize>]) -> Vec<Range<usize>> {
-    let starts: Vec<usize> = text
-        .char_indices()
-        .map(|(at, _)| at)
-        .chain([text.len()])
-        .collect();
-    let byte = |at: usize| starts.get(at).copied().unwrap_or(text.len());
-    spans
-        .iter()
-        .map(|span| byte(span.start)..byte(span.end))
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,6 +64,5 @@ mod tests {
         assert_eq!(one(3..6), [false, true, true, false]);
         assert_eq!(of(&[0..1, 6..20]), [true, false, false, true]);
         assert_eq!(one(30..40), [false; 4]);
-        assert_eq!(char_to_byte_spans("aé€b", &[1..3, 3..9]), [1..6, 6..7]);
     }
 }

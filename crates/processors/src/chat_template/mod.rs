@@ -35,7 +35,7 @@ use serde_json::{Map, Value};
 
 pub use chrono::NaiveDateTime;
 pub use encode::{EncodedChat, encode_prompt};
-pub use generation::{assistant_mask, char_to_byte_spans};
+pub use generation::assistant_mask;
 pub use message::{Content, Message};
 pub use sanitize::{ControlTokens, Piece};
 

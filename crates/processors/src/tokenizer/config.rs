@@ -6,11 +6,12 @@ use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::assemble;
+use super::family::{self, Family};
 use crate::Result;
 
-/// Where rows are padded.
+/// An end of a sequence, where it is filled or cut.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum PaddingSide {
+pub enum Side {
     /// Before the text: what decoders need to generate in batches.
     Left,
     /// After the text.
@@ -32,11 +33,20 @@ pub struct TokenizerConfig {
     /// The longest input in tokens, if there is a limit.
     pub model_max_length: Option<usize>,
     /// Where batches are padded.
-    pub padding_side: PaddingSide,
+    pub padding_side: Side,
+    /// Where texts are cut.
+    pub truncation_side: Side,
+    /// Token type of padding.
+    pub pad_token_type_id: u32,
+    /// What the model takes: `input_ids`, `attention_mask` and, for some, `token_type_ids`.
+    pub model_input_names: Vec<String>,
     /// Whether decoding takes out spaces before punctuation (never with BPE).
     pub clean_up_tokenization_spaces: bool,
-    /// Class name of the tokenizer in Python, for what its default settings are.
+    /// Class name of the tokenizer in Python (without `Fast`), for what its default settings are: as the files
+    /// name it, or that of the model's type.
     pub tokenizer_class: Option<String>,
+    /// The kind of tokenizer that the class is.
+    pub(super) family: Family,
     /// Tokens that the configuration adds, by id.
     added: Vec<(u32, AddedToken)>,
 }
@@ -57,7 +67,12 @@ impl TokenizerConfig {
     pub(super) fn read(files: &ModelFiles) -> Result<Self> {
         let json: Map<String, Value> = files.json("tokenizer_config.json")?.unwrap_or_default();
         let map: Map<String, Value> = files.json("special_tokens_map.json")?.unwrap_or_default();
+        let (tokenizer_class, family) = family::of(files, &json)?;
         let flag = |name: &str| json.get(name).and_then(Value::as_bool);
+        let side = |name: &str| match json.get(name)?.as_str()? {
+            "left" => Some(Side::Left),
+            _ => Some(Side::Right),
+        };
         let mut config = Self {
             add_bos_token: flag("add_bos_token"),
             add_eos_token: flag("add_eos_token"),
@@ -66,15 +81,24 @@ impl TokenizerConfig {
                 .get("model_max_length")
                 .and_then(Value::as_u64)
                 .and_then(|length| usize::try_from(length).ok()),
-            padding_side: match json.get("padding_side").and_then(Value::as_str) {
-                Some("left") => PaddingSide::Left,
-                _ => PaddingSide::Right,
+            padding_side: side("padding_side").unwrap_or(family.padding_side()),
+            truncation_side: side("truncation_side").unwrap_or_default(),
+            pad_token_type_id: family.pad_token_type_id(),
+            model_input_names: match json.get("model_input_names").and_then(Value::as_array) {
+                Some(names) => names
+                    .iter()
+                    .filter_map(Value::as_str)
+                    .map(str::to_owned)
+                    .collect(),
+                None => family
+                    .model_input_names()
+                    .iter()
+                    .map(|name| (*name).to_owned())
+                    .collect(),
             },
             clean_up_tokenization_spaces: flag("clean_up_tokenization_spaces").unwrap_or(false),
-            tokenizer_class: json
-                .get("tokenizer_class")
-                .and_then(Value::as_str)
-                .map(str::to_owned),
+            tokenizer_class,
+            family,
             ..Self::default()
         };
         for role in ROLES {

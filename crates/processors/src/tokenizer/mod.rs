@@ -13,6 +13,9 @@ mod assemble;
 mod bytes;
 mod check;
 mod config;
+mod encode;
+mod encoding;
+mod family;
 mod gguf;
 mod legacy;
 mod load;
@@ -24,45 +27,29 @@ mod tiktoken;
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
-use tokenizers::DecoderWrapper;
 use tokenizers::models::ModelWrapper;
+use tokenizers::{DecoderWrapper, PostProcessorWrapper};
 
-pub use config::{PaddingSide, TokenizerConfig};
+pub use config::{Side, TokenizerConfig};
+pub use encoding::{
+    BatchEncoding, EncodeOptions, Encoding, Padding, Sequence, TextInput, Truncation, TruncationStrategy,
+    char_range,
+};
 pub use stream::DecodeStream;
 
 use crate::{Error, Result};
-
-/// A text as token ids, with where each token came from.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Encoding {
-    /// Token ids.
-    pub ids: Vec<u32>,
-    /// For each token, the bytes of the text it stands for, `start..end`; `(0, 0)` for added special tokens.
-    pub offsets: Vec<(usize, usize)>,
-    /// 1 for tokens that the tokenizer added around the text (BOS, `[CLS]`, …), else 0.
-    pub special_tokens_mask: Vec<u32>,
-    /// 0 for the first text, 1 for the second of a pair.
-    pub token_type_ids: Vec<u32>,
-}
-
-/// Several texts as rows of equal length.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct BatchEncoding {
-    /// Token ids, one row per text, padded to the longest.
-    pub input_ids: Vec<Vec<u32>>,
-    /// 1 for tokens, 0 for padding.
-    pub attention_mask: Vec<Vec<u32>>,
-    /// 0 for the first text of a pair and for padding, 1 for the second.
-    pub token_type_ids: Vec<Vec<u32>>,
-}
 
 /// Turns text into token ids and back. Cloning is cheap.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<Inner>,
+    /// What is put around texts. It stands beside the pipeline, so that texts can be cut before, and another
+    /// language costs no copy of the vocabulary.
+    around: Arc<Option<PostProcessorWrapper>>,
 }
 
 struct Inner {
+    /// The pipeline up to the pieces, without a post-processor.
     backend: tokenizers::Tokenizer,
     /// The same tokenizer, blind to special tokens; made when it is first asked for.
     plain: OnceLock<tokenizers::Tokenizer>,
@@ -80,8 +67,11 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Tokenizer {
     /// A backend and what is known about its special tokens.
-    fn new(backend: tokenizers::Tokenizer, config: TokenizerConfig) -> Self {
+    fn new(mut backend: tokenizers::Tokenizer, config: TokenizerConfig) -> Self {
+        let around = backend.get_post_processor().cloned();
+        backend.with_post_processor(None::<PostProcessorWrapper>);
         Self {
+            around: Arc::new(around),
             inner: Arc::new(Inner {
                 backend,
                 plain: OnceLock::new(),
@@ -96,11 +86,15 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenize`] when a word is not in a vocabulary that has no unknown token.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self
+        let pieces = self
             .inner
             .backend
-            .encode_fast(text, add_special_tokens)
+            .encode_fast(text, false)
             .map_err(Error::tokenize)?;
+        let encoding = match add_special_tokens {
+            true => self.surround(pieces, None, true)?,
+            false => pieces,
+        };
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -126,75 +120,6 @@ impl Tokenizer {
         });
         let encoding = plain.encode_fast(text, false).map_err(Error::tokenize)?;
         Ok(encoding.get_ids().to_vec())
-    }
-
-    /// Like [`Tokenizer::encode`], with byte offsets into the text and the mask of added tokens.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
-        let encoding = self
-            .inner
-            .backend
-            .encode(text, add_special_tokens)
-            .map_err(Error::tokenize)?;
-        Ok((&encoding).into())
-    }
-
-    /// Two texts as one sequence (question and context, premise and hypothesis), joined as the model expects.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_pair(&self, first: &str, second: &str, add_special_tokens: bool) -> Result<Encoding> {
-        let encoding = self
-            .inner
-            .backend
-            .encode((first, second), add_special_tokens)
-            .map_err(Error::tokenize)?;
-        Ok((&encoding).into())
-    }
-
-    /// Several texts as rows of equal length, padded with `pad_token` at `side`, by default the tokenizer's own.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`]; and when rows differ in length and there is no padding token.
-    pub fn encode_batch(
-        &self,
-        texts: &[&str],
-        add_special_tokens: bool,
-        side: Option<PaddingSide>,
-    ) -> Result<BatchEncoding> {
-        let rows = texts
-            .iter()
-            .map(|text| self.encode_with_offsets(text, add_special_tokens))
-            .collect::<Result<Vec<_>>>()?;
-        self.pad(&rows, side)
-    }
-
-    /// Rows of equal length from encodings, padded at `side` (by default the tokenizer's own).
-    ///
-    /// # Errors
-    /// [`Error::NoToken`] when rows differ in length and there is no padding token.
-    pub fn pad(&self, rows: &[Encoding], side: Option<PaddingSide>) -> Result<BatchEncoding> {
-        let width = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
-        let pad = match self.pad_token_id() {
-            Some(id) => id,
-            None if rows.iter().all(|row| row.ids.len() == width) => 0,
-            None => return Err(Error::NoToken { role: "pad_token" }),
-        };
-        let side = side.unwrap_or(self.inner.config.padding_side);
-        let fill = |values: &[u32], with: u32| {
-            let missing = std::iter::repeat_n(with, width - values.len());
-            match side {
-                PaddingSide::Left => missing.chain(values.iter().copied()).collect::<Vec<_>>(),
-                PaddingSide::Right => values.iter().copied().chain(missing).collect(),
-            }
-        };
-        Ok(BatchEncoding {
-            input_ids: rows.iter().map(|row| fill(&row.ids, pad)).collect(),
-            attention_mask: rows.iter().map(|row| fill(&vec![1; row.ids.len()], 0)).collect(),
-            token_type_ids: rows.iter().map(|row| fill(&row.token_type_ids, 0)).collect(),
-        })
     }
 
     /// The text of token ids; ids outside of the vocabulary are left out. Byte tokens that do not form UTF-8
@@ -310,6 +235,36 @@ impl Tokenizer {
         self.special_token("unk_token")
     }
 
+    /// The token that stands for a word to be guessed.
+    pub fn mask_token(&self) -> Option<&str> {
+        self.special_token("mask_token")
+    }
+
+    /// The token that ends each text of a pair.
+    pub fn sep_token(&self) -> Option<&str> {
+        self.special_token("sep_token")
+    }
+
+    /// The token whose hidden state stands for the whole text.
+    pub fn cls_token(&self) -> Option<&str> {
+        self.special_token("cls_token")
+    }
+
+    /// Id of [`Tokenizer::mask_token`].
+    pub fn mask_token_id(&self) -> Option<u32> {
+        self.special_token_id("mask_token")
+    }
+
+    /// Id of [`Tokenizer::sep_token`].
+    pub fn sep_token_id(&self) -> Option<u32> {
+        self.special_token_id("sep_token")
+    }
+
+    /// Id of [`Tokenizer::cls_token`].
+    pub fn cls_token_id(&self) -> Option<u32> {
+        self.special_token_id("cls_token")
+    }
+
     /// Id of [`Tokenizer::bos_token`].
     pub fn bos_token_id(&self) -> Option<u32> {
         self.special_token_id("bos_token")
@@ -340,7 +295,7 @@ impl Tokenizer {
             .collect()
     }
 
-    /// The pipeline itself.
+    /// The pipeline up to the pieces; what is put around them is not a part of it.
     pub fn backend(&self) -> &tokenizers::Tokenizer {
         &self.inner.backend
     }
@@ -350,18 +305,9 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenize`] when a part cannot be written.
     pub fn to_json(&self, pretty: bool) -> Result<String> {
-        self.inner.backend.to_string(pretty).map_err(Error::tokenize)
-    }
-}
-
-impl From<&tokenizers::Encoding> for Encoding {
-    fn from(encoding: &tokenizers::Encoding) -> Self {
-        Self {
-            ids: encoding.get_ids().to_vec(),
-            offsets: encoding.get_offsets().to_vec(),
-            special_tokens_mask: encoding.get_special_tokens_mask().to_vec(),
-            token_type_ids: encoding.get_type_ids().to_vec(),
-        }
+        let mut whole = self.inner.backend.clone();
+        whole.with_post_processor(self.around.as_ref().clone());
+        whole.to_string(pretty).map_err(Error::tokenize)
     }
 }
 
