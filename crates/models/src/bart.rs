@@ -214,17 +214,16 @@ impl Config {
             Half::Decoder => self.decoder_layers,
         };
         let layers = (0..layers).map(|i| self.layer(half, &w.pp("layers").pp(i), family));
+        let embed_scale = match self.scale_embedding {
+            true => (hidden as f64).sqrt(),
+            false => 1.0,
+        };
+        let final_norm = norm("layer_norm", family.final_norm)?;
         Ok(Stack {
-            embed_tokens,
-            embed_scale: if self.scale_embedding {
-                (hidden as f64).sqrt()
-            } else {
-                1.0
-            },
+            embed_scale,
             embed_positions: Some(positions),
             embed_norm: norm("layernorm_embedding", family.embedding_norm)?,
-            layers: layers.collect::<Result<_>>()?,
-            norm: norm("layer_norm", family.final_norm)?,
+            ..Stack::new(embed_tokens, layers.collect::<Result<_>>()?, final_norm)
         })
     }
 

@@ -123,7 +123,7 @@ impl Architecture for Config {
             embedding: "model.decoder.embed_tokens".to_string(),
             positions: Some((
                 "model.decoder.embed_positions".to_string(),
-                self.max_position_embeddings + 2,
+                self.max_position_embeddings,
                 2,
             )),
             tie_word_embeddings: self.tie_word_embeddings,

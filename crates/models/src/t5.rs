@@ -189,14 +189,12 @@ impl Config {
                 feed_forward_norm: norm(&last.pp("layer_norm"))?,
             })
         });
-        Ok(Stack {
+        let final_norm = norm(&w.pp("final_layer_norm"))?.into();
+        Ok(Stack::new(
             embed_tokens,
-            embed_scale: 1.0,
-            embed_positions: None,
-            embed_norm: None,
-            layers: layers.collect::<Result<_>>()?,
-            norm: Some(norm(&w.pp("final_layer_norm"))?.into()),
-        })
+            layers.collect::<Result<_>>()?,
+            Some(final_norm),
+        ))
     }
 
     /// Builds the layer that makes logits, of hidden states that are `scaled` or not.

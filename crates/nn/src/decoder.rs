@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
-use crate::{Cache, CacheKind, Context, Embedding, Linear, Norm, Result, Weights};
+use crate::{Cache, CacheKind, Context, Embedding, Linear, Norm, Positions, Result, Stack, Weights};
 
 /// One layer of a decoder.
 pub trait DecoderLayer: Module + Debug {
@@ -39,7 +39,7 @@ pub struct DecoderConfig {
     pub lm_head_bias: bool,
     /// Each layer's sliding window; one entry per layer.
     pub windows: Vec<Option<usize>>,
-    /// Learned positions: their place, their number, and what is added to a position to find its row.
+    /// Learned positions: their place, their number, and how many unused rows stand before them.
     pub positions: Option<(String, usize, usize)>,
     /// Factor of the embeddings.
     pub embedding_scale: f64,
@@ -71,14 +71,9 @@ impl DecoderConfig {
 /// A decoder-only language model made of layers `L`.
 #[derive(Module, Debug)]
 pub struct Decoder<L: DecoderLayer> {
-    embed_tokens: Embedding,
-    embed_positions: Option<Embedding>,
-    /// Norm of the embeddings, as in BLOOM.
-    embed_norm: Option<Norm>,
-    /// Projections around the layers, where the embedding is narrower than they are, as in OPT.
-    project: Option<[Linear; 2]>,
-    layers: Vec<L>,
-    norm: Option<Norm>,
+    stack: Stack<L>,
+    /// Back to the width of the embedding, where the layers have another one, as in OPT.
+    project_out: Option<Linear>,
     lm_head: Linear,
     #[module(skip)]
     config: DecoderConfig,
@@ -100,7 +95,10 @@ impl<L: DecoderLayer> Decoder<L> {
     ) -> Result<Self> {
         let embed_tokens = Embedding::load(&w.pp(&config.embedding), config.vocab_size, embedding_width)?;
         let embed_positions = match &config.positions {
-            Some((place, count, _)) => Some(Embedding::load(&w.pp(place), *count, config.hidden_size)?),
+            Some((place, count, offset)) => {
+                let width = config.hidden_size;
+                Some(Positions::learned(&w.pp(place), *count, width, *offset)?)
+            }
             None => None,
         };
         let lm_head = if config.tie_word_embeddings {
@@ -124,12 +122,12 @@ impl<L: DecoderLayer> Decoder<L> {
             )?
         };
         Ok(Self {
-            embed_tokens,
-            embed_positions,
-            embed_norm: None,
-            project: None,
-            layers,
-            norm,
+            stack: Stack {
+                embed_scale: config.embedding_scale,
+                embed_positions,
+                ..Stack::new(embed_tokens, layers, norm)
+            },
+            project_out: None,
             lm_head,
             config,
         })
@@ -137,19 +135,20 @@ impl<L: DecoderLayer> Decoder<L> {
 
     /// Adds a norm of the embeddings.
     pub fn with_embedding_norm(mut self, norm: impl Into<Norm>) -> Self {
-        self.embed_norm = Some(norm.into());
+        self.stack.embed_norm = Some(norm.into());
         self
     }
 
     /// Adds projections into and out of the layers.
     pub fn with_projections(mut self, project_in: Linear, project_out: Linear) -> Self {
-        self.project = Some([project_in, project_out]);
+        self.stack.project_in = Some(project_in);
+        self.project_out = Some(project_out);
         self
     }
 
     /// Number of layers.
     pub fn num_layers(&self) -> usize {
-        self.layers.len()
+        self.stack.layers.len()
     }
 
     /// Size of the vocabulary.
@@ -164,31 +163,7 @@ impl<L: DecoderLayer> Decoder<L> {
 
     /// Hidden states `[batch, seq, hidden_size]` after the final norm; the tokens are appended to `cache`.
     pub fn hidden_states(&self, input_ids: Tensor<2, Int>, cache: &mut Cache) -> Tensor<3> {
-        let [_, seq] = input_ids.dims();
-        let device = input_ids.device();
-        let mut x = self.embed_tokens.forward(input_ids);
-        if self.config.embedding_scale != 1.0 {
-            x = x * self.config.embedding_scale;
-        }
-        if let Some([project_in, _]) = &self.project {
-            x = project_in.forward(x);
-        }
-        let mut cx = Context::new(cache, seq, device);
-        if let (Some(table), Some((_, _, offset))) = (&self.embed_positions, &self.config.positions) {
-            x = x + table.forward(cx.position_ids(*offset));
-        }
-        if let Some(norm) = &self.embed_norm {
-            x = norm.forward(x);
-        }
-        for (index, layer) in self.layers.iter().enumerate() {
-            cx.enter_layer(index);
-            x = layer.forward(x, &mut cx);
-        }
-        cache.advance(seq);
-        match &self.norm {
-            Some(norm) => norm.forward(x),
-            None => x,
-        }
+        self.stack.append(input_ids, cache, false).last_hidden_state
     }
 
     /// Logits `[batch, seq or 1, vocab_size]`; the tokens `[batch, seq]` are appended to `cache`.
@@ -203,7 +178,7 @@ impl<L: DecoderLayer> Decoder<L> {
 
     /// Logits of hidden states `[batch, seq, hidden_size]`.
     pub fn logits(&self, mut x: Tensor<3>) -> Tensor<3> {
-        if let Some([_, project_out]) = &self.project {
+        if let Some(project_out) = &self.project_out {
             x = project_out.forward(x);
         }
         let mut logits = self.lm_head.forward(x);

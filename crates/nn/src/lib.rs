@@ -22,6 +22,7 @@ pub mod positions;
 pub mod relative;
 pub mod rope;
 pub mod seq2seq;
+pub mod stack;
 pub mod weights;
 
 pub use attention::{Attention, AttentionConfig, Projection, QkNorm};
@@ -44,5 +45,6 @@ pub use oxiformers_kernels::{Activation, AttentionOptions, Mask, ScoreBias, Visi
 pub use positions::Positions;
 pub use relative::RelativeBias;
 pub use rope::{Rope, RopeParameters, RopeSettings};
-pub use seq2seq::{EncoderDecoder, Seq2SeqDecoder, Seq2SeqLayer, Stack};
+pub use seq2seq::{EncoderDecoder, Seq2SeqDecoder, Seq2SeqLayer};
+pub use stack::Stack;
 pub use weights::{Init, LoadOptions, TensorSource, Weights};

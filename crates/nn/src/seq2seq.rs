@@ -9,7 +9,7 @@ use burn::tensor::{Device, Int, Tensor};
 
 use crate::{
     Backbone, Cache, CacheKind, Context, CrossAttention, DecoderLayer, Embedding, EncoderInputs,
-    EncoderOutput, Error, Init, Linear, LogitsFor, Norm, Positions, Result, Weights,
+    EncoderOutput, Error, Init, Linear, LogitsFor, Result, Stack, Weights,
 };
 
 /// A layer of either half.
@@ -41,53 +41,6 @@ impl Half {
         match self {
             Self::Encoder => Self::Decoder,
             Self::Decoder => Self::Encoder,
-        }
-    }
-}
-
-/// Either half: embed, run the layers, normalize.
-#[derive(Module, Debug)]
-pub struct Stack<L: DecoderLayer> {
-    /// Token embedding.
-    pub embed_tokens: Embedding,
-    /// Factor of the token embeddings.
-    pub embed_scale: f64,
-    /// Absolute positions.
-    pub embed_positions: Option<Positions>,
-    /// Norm of the embeddings.
-    pub embed_norm: Option<Norm>,
-    /// Layers.
-    pub layers: Vec<L>,
-    /// Norm of the output.
-    pub norm: Option<Norm>,
-}
-
-impl<L: DecoderLayer> Stack<L> {
-    /// Hidden states of `input_ids` `[batch, seq]`; with `keep`, also the embeddings and what each layer made of them.
-    pub fn forward(&self, input_ids: Tensor<2, Int>, cx: &mut Context, keep: bool) -> EncoderOutput {
-        let mut x = self.embed_tokens.forward(input_ids);
-        if self.embed_scale != 1.0 {
-            x = x * self.embed_scale;
-        }
-        if let Some(positions) = &self.embed_positions {
-            x = x + positions.forward(cx);
-        }
-        if let Some(norm) = &self.embed_norm {
-            x = norm.forward(x);
-        }
-        let mut hidden_states = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            hidden_states.extend(keep.then(|| x.clone()));
-            cx.enter_layer(index);
-            x = layer.forward(x, cx);
-        }
-        if let Some(norm) = &self.norm {
-            x = norm.forward(x);
-        }
-        hidden_states.extend(keep.then(|| x.clone()));
-        EncoderOutput {
-            last_hidden_state: x,
-            hidden_states,
         }
     }
 }
@@ -135,11 +88,7 @@ impl<L: Seq2SeqLayer> EncoderDecoder<L> {
 
     /// The decoder's hidden states, with `keep` of every layer; the tokens `[batch, seq]` are appended to `cache`.
     pub fn decode(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, keep: bool) -> EncoderOutput {
-        let [_, seq] = input_ids.dims();
-        let mut cx = Context::new(cache, seq, input_ids.device());
-        let output = self.decoder.forward(input_ids, &mut cx, keep);
-        cache.advance(seq);
-        output
+        self.decoder.append(input_ids, cache, keep)
     }
 }
 

@@ -1,0 +1,81 @@
+//! What models of tokens have in common: embed, run the layers, normalize.
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor};
+
+use crate::{Cache, Context, DecoderLayer, Embedding, EncoderOutput, Linear, Norm, Positions};
+
+/// Embeddings, layers and a norm: a decoder without its output layer, or either half of an encoder-decoder.
+#[derive(Module, Debug)]
+pub struct Stack<L: DecoderLayer> {
+    /// Token embedding.
+    pub embed_tokens: Embedding,
+    /// Factor of the token embeddings.
+    pub embed_scale: f64,
+    /// From the width of the embeddings to that of the layers, where they differ, as in OPT.
+    pub project_in: Option<Linear>,
+    /// Absolute positions.
+    pub embed_positions: Option<Positions>,
+    /// Norm of the embeddings.
+    pub embed_norm: Option<Norm>,
+    /// Layers.
+    pub layers: Vec<L>,
+    /// Norm of the output.
+    pub norm: Option<Norm>,
+}
+
+impl<L: DecoderLayer> Stack<L> {
+    /// Embeddings that go to the layers as they are.
+    pub fn new(embed_tokens: Embedding, layers: Vec<L>, norm: Option<Norm>) -> Self {
+        Self {
+            embed_tokens,
+            embed_scale: 1.0,
+            project_in: None,
+            embed_positions: None,
+            embed_norm: None,
+            layers,
+            norm,
+        }
+    }
+
+    /// Hidden states of `input_ids` `[batch, seq]`; with `keep`, also the embeddings and what each layer made of them.
+    pub fn forward(&self, input_ids: Tensor<2, Int>, cx: &mut Context, keep: bool) -> EncoderOutput {
+        let mut x = self.embed_tokens.forward(input_ids);
+        if self.embed_scale != 1.0 {
+            x = x * self.embed_scale;
+        }
+        if let Some(project_in) = &self.project_in {
+            x = project_in.forward(x);
+        }
+        if let Some(positions) = &self.embed_positions {
+            let positions = positions.forward(cx).cast(x.dtype());
+            x = x + positions;
+        }
+        if let Some(norm) = &self.embed_norm {
+            x = norm.forward(x);
+        }
+        let mut hidden_states = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden_states.extend(keep.then(|| x.clone()));
+            cx.enter_layer(index);
+            x = layer.forward(x, cx);
+        }
+        if let Some(norm) = &self.norm {
+            x = norm.forward(x);
+        }
+        hidden_states.extend(keep.then(|| x.clone()));
+        EncoderOutput {
+            last_hidden_state: x,
+            hidden_states,
+        }
+    }
+
+    /// Like [`forward`](Self::forward), over the tokens of `cache`, to which these are appended.
+    pub fn append(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, keep: bool) -> EncoderOutput {
+        let [_, seq] = input_ids.dims();
+        let mut cx = Context::new(cache, seq, input_ids.device());
+        let output = self.forward(input_ids, &mut cx, keep);
+        cache.advance(seq);
+        output
+    }
+}
