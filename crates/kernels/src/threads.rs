@@ -3,7 +3,7 @@
 //! A decoding step is some hundred short parallel sections, a few microseconds of work each, so the hand-over
 //! counts: workers wait awake for a moment before they sleep, tasks are taken from a shared counter, and the
 //! caller never waits for a worker that has not begun. A worker whose core is taken away by another process
-//! costs the task it is at, not the whole section.
+//! costs the task it is at, not the whole section; where that happens, the caller works alone for a while.
 
 #[cfg(not(target_arch = "wasm32"))]
 pub use native::{for_each, num_threads, set_num_threads};
@@ -51,7 +51,7 @@ pub fn for_each_chunk<T: Send>(values: &mut [T], size: usize, task: impl Fn(usiz
 mod native {
     use std::cell::Cell;
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
     use std::sync::{Mutex, OnceLock};
     use std::thread::{self, Thread};
     use std::time::{Duration, Instant};
@@ -60,6 +60,10 @@ mod native {
     const AWAKE: Duration = Duration::from_micros(200);
     /// Turns of a waiting loop between looks at the clock.
     const TURNS: usize = 64;
+    /// A worker that is at its last task so much longer than the caller's tasks take has lost its core.
+    const LATE: Duration = Duration::from_micros(200);
+    /// How long the caller then works alone.
+    const ALONE: Duration = Duration::from_millis(20);
 
     static POOL: OnceLock<Pool> = OnceLock::new();
     static WANTED: AtomicUsize = AtomicUsize::new(0);
@@ -76,6 +80,9 @@ mod native {
         section: Section,
         sleepers: Mutex<Vec<Thread>>,
         sleeping: AtomicUsize,
+        began: Instant,
+        /// Until when the caller works alone, in nanoseconds since `began`; 0 for no such time.
+        alone: AtomicU64,
     }
 
     /// The section that runs. Workers enter by counting themselves in and then looking whether it is open; the
@@ -112,7 +119,7 @@ mod native {
     /// Where a task does.
     pub fn for_each(tasks: usize, task: impl Fn(usize) + Sync) {
         let pool = pool();
-        let turn = if tasks > 1 && pool.threads > 1 && !BUSY.get() {
+        let turn = if tasks > 1 && pool.threads > 1 && !BUSY.get() && !pool.is_alone() {
             pool.turn.try_lock().ok()
         } else {
             None
@@ -148,11 +155,22 @@ mod native {
                 },
                 sleepers: Mutex::new(Vec::new()),
                 sleeping: AtomicUsize::new(0),
+                began: Instant::now(),
+                alone: AtomicU64::new(0),
             }
         })
     }
 
     impl Pool {
+        fn is_alone(&self) -> bool {
+            let until = self.alone.load(Ordering::Relaxed);
+            if until == 0 || u128::from(until) > self.began.elapsed().as_nanos() {
+                return until != 0;
+            }
+            self.alone.store(0, Ordering::Relaxed);
+            false
+        }
+
         fn run(&self, tasks: usize, task: Task) {
             let s = &self.section;
             s.task.store(std::ptr::from_ref(&task).addr(), Ordering::Relaxed);
@@ -169,7 +187,9 @@ mod native {
                 sleepers.drain(..).for_each(|thread| thread.unpark());
             }
             BUSY.set(true);
-            let panic = catch_unwind(AssertUnwindSafe(|| s.take(tasks, task))).err();
+            let begin = Instant::now();
+            let done = catch_unwind(AssertUnwindSafe(|| s.take(tasks, task)));
+            let own = begin.elapsed();
             BUSY.set(false);
             s.next.fetch_max(tasks, Ordering::SeqCst);
             s.open.store(false, Ordering::SeqCst);
@@ -184,8 +204,15 @@ mod native {
                     std::hint::spin_loop();
                 }
             }
-            if let Some(panic) = panic {
-                resume_unwind(panic);
+            match done {
+                Ok(done) => {
+                    let task = own / u32::try_from(done).unwrap_or(u32::MAX).max(1);
+                    if turns > TURNS && begin.elapsed() > own + 2 * task + LATE {
+                        let until = self.began.elapsed() + ALONE;
+                        self.alone.store(until.as_nanos() as u64, Ordering::Relaxed);
+                    }
+                }
+                Err(panic) => resume_unwind(panic),
             }
             assert!(
                 !s.panicked.load(Ordering::SeqCst),
@@ -227,14 +254,16 @@ mod native {
     }
 
     impl Section {
-        fn take(&self, tasks: usize, task: Task) {
-            loop {
+        /// Returns how many tasks there were left.
+        fn take(&self, tasks: usize, task: Task) -> usize {
+            for done in 0.. {
                 let index = self.next.fetch_add(1, Ordering::Relaxed);
                 if index >= tasks {
-                    return;
+                    return done;
                 }
                 task(index);
             }
+            tasks
         }
     }
 
