@@ -6,6 +6,8 @@
 
 use std::collections::HashMap;
 
+pub use oxiformers_kernels::softmax;
+
 use crate::{GenerationConfig, Result};
 
 const NEVER: f32 = f32::NEG_INFINITY;
@@ -413,19 +415,6 @@ impl LogitsProcessor for Temperature {
     }
 }
 
-/// Probabilities `[vocab_size]`; all zero where no logit is finite.
-pub fn softmax(logits: &[f32]) -> Vec<f32> {
-    let max = logits.iter().copied().fold(NEVER, f32::max);
-    if max == NEVER {
-        return vec![0.0; logits.len()];
-    }
-    let mut probs: Vec<f32> = logits.iter().map(|logit| (logit - max).exp()).collect();
-    let sum: f64 = probs.iter().map(|p| f64::from(*p)).sum();
-    let factor = (1.0 / sum) as f32;
-    probs.iter_mut().for_each(|p| *p *= factor);
-    probs
-}
-
 /// `log Σ exp(logits)`, summed in f64.
 pub fn log_sum_exp(logits: &[f32]) -> f32 {
     let max = logits.iter().copied().fold(NEVER, f32::max);
@@ -439,8 +428,12 @@ pub fn log_sum_exp(logits: &[f32]) -> f32 {
 /// The tokens that can come at all, likeliest first.
 fn descending(logits: &[f32]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..logits.len()).filter(|id| logits[*id] > NEVER).collect();
-    order.sort_unstable_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+    sort_descending(&mut order, logits);
     order
+}
+
+fn sort_descending(order: &mut [usize], logits: &[f32]) {
+    order.sort_unstable_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
 }
 
 /// The logit of the `k`-th likeliest token.
@@ -476,8 +469,19 @@ pub struct TopP {
 impl LogitsProcessor for TopP {
     fn process(&self, _: &[u32], logits: &mut [f32]) {
         let probs = softmax(logits);
-        let order = descending(logits);
+        // Tokens so rare cannot reach what may go even together: they need no order.
+        let rare = ((1.0 - self.top_p) / logits.len().max(1) as f64) as f32;
+        let mut order: Vec<usize> = (0..logits.len()).filter(|id| probs[*id] > rare).collect();
         let mut below = 0.0;
+        if order.len() < self.keep {
+            order = descending(logits);
+        } else {
+            sort_descending(&mut order, logits);
+            for (logit, p) in logits.iter_mut().zip(&probs).filter(|(_, p)| **p <= rare) {
+                below += f64::from(*p);
+                *logit = NEVER;
+            }
+        }
         // From the least likely upwards, as the reference counts.
         for (rank, id) in order.iter().enumerate().rev() {
             below += f64::from(probs[*id]);

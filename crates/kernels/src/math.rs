@@ -121,6 +121,47 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     largest
 }
 
+/// Probabilities `eˣ / Σ eˣ`; all zero where no value is above negative infinity.
+pub fn softmax(x: &[f32]) -> Vec<f32> {
+    struct Softmax<'a>(&'a [f32]);
+
+    impl pulp::WithSimd for Softmax<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) -> Vec<f32> {
+            let most = max(self.0);
+            let mut probs = vec![0.0f32; self.0.len()];
+            if most == f32::NEG_INFINITY {
+                return probs;
+            }
+            for (p, x) in probs.iter_mut().zip(self.0) {
+                let x = *x - most;
+                // Below, `exp` stays at the least normal number.
+                *p = if x < -87.0 { 0.0 } else { exp(x) };
+            }
+            let mut sums = [0.0f64; LANES];
+            let (chunks, rest) = probs.as_chunks::<LANES>();
+            for chunk in chunks {
+                for (sum, p) in sums.iter_mut().zip(chunk) {
+                    *sum += f64::from(*p);
+                }
+            }
+            let mut total: f64 = sums.iter().sum();
+            for p in rest {
+                total += f64::from(*p);
+            }
+            let factor = (1.0 / total) as f32;
+            for p in &mut probs {
+                *p *= factor;
+            }
+            probs
+        }
+    }
+
+    pulp::Arch::new().dispatch(Softmax(x))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,6 +191,19 @@ mod tests {
         assert_eq!(erf(10.0), 1.0);
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(f32::NEG_INFINITY) < 1e-37);
+    }
+
+    #[test]
+    fn softmax_of_a_few_numbers() {
+        let x: Vec<f32> = (0..100).map(|i| ((i * 37) % 101) as f32 / 9.0).collect();
+        let total: f64 = x.iter().map(|x| f64::from(*x).exp()).sum();
+        for (x, p) in x.iter().zip(softmax(&x)) {
+            assert!((f64::from(p) - f64::from(*x).exp() / total).abs() < 1e-7);
+        }
+        let never = f32::NEG_INFINITY;
+        assert_eq!(softmax(&[never, 0.0, -200.0, 0.0]), [0.0, 0.5, 0.0, 0.5]);
+        assert_eq!(softmax(&[never; 3]), [0.0; 3]);
+        assert!(softmax(&[f32::NAN, 1.0])[0].is_nan());
     }
 
     #[test]
