@@ -181,8 +181,6 @@ impl Config {
         tables: &mut TiedTables,
         family: &Family,
     ) -> Result<Stack<Layer>> {
-        // Nobody reads it where both halves have tables of their own.
-        w.ignore(|name| name.ends_with("shared.weight"));
         let hidden = self.d_model;
         let [own, other] = [half, half.other()].map(|half| format!("model.{}.embed_tokens", half.name()));
         let embed_tokens = match (family.target_vocab_size, half) {

@@ -292,4 +292,4 @@ impl Seq2SeqArchitecture for Config {
 }
 
 /// The first conversions kept a table that cross-attention never had a use for.
-pub(crate) const IGNORED: &[&str] = &["EncDecAttention.relative_attention_bias.weight", "shared.weight"];
+pub(crate) const IGNORED: &[&str] = &["EncDecAttention.relative_attention_bias.weight"];

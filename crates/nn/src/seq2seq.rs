@@ -247,11 +247,14 @@ impl<'a> TiedTables<'a> {
     }
 
     /// The table `[rows, width]` at its `own` place, or at the first of the places `tied` to it that the checkpoint has.
-    /// One that is stored several times is held once.
+    /// One that is stored several times is held once, and one that nothing is made of may be stored.
     ///
     /// # Errors
     /// Where no place has it.
     pub fn load(&mut self, own: &str, tied: &[&str], rows: usize, width: usize) -> Result<Embedding> {
+        for place in tied {
+            self.w.pp(place).ignore_one("weight");
+        }
         let stored = |place: &&str| self.w.is_stored(&format!("{place}.weight"));
         let place = std::iter::once(own).chain(tied.iter().copied()).find(stored);
         let place = place.unwrap_or(tied.first().unwrap_or(&own));
