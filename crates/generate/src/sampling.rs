@@ -1,5 +1,6 @@
 //! Choosing a token from processed logits.
 
+use oxiformers_kernels::argmax;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -40,13 +41,8 @@ impl Sampler {
         if self.rng.is_some() {
             return self.draw(&softmax(logits));
         }
-        let mut best = None;
-        for (id, logit) in logits.iter().enumerate() {
-            if *logit > best.map_or(f32::NEG_INFINITY, |(_, logit)| logit) {
-                best = Some((id, *logit));
-            }
-        }
-        best.map(|(id, _)| id as u32).ok_or(Error::NoToken)
+        let best = argmax(logits).and_then(|id| u32::try_from(id).ok());
+        best.ok_or(Error::NoToken)
     }
 
     /// A token by its probability; the probabilities need not sum to 1.

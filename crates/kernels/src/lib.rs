@@ -23,7 +23,7 @@ pub mod threads;
 pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
 pub use linear::{Weight, feed_forward, linear, linears};
-pub use math::softmax;
+pub use math::{argmax, softmax};
 pub use norm::{layer_norm, rms_norm};
 pub use packed::{PackedMatrix, packed_rows};
 pub use rotary::rotary;

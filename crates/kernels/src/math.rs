@@ -162,6 +162,35 @@ pub fn softmax(x: &[f32]) -> Vec<f32> {
     pulp::Arch::new().dispatch(Softmax(x))
 }
 
+/// The index of the largest value, the first of equals; none where no value is above negative infinity.
+pub fn argmax(x: &[f32]) -> Option<usize> {
+    /// The piece with the largest value, and that value.
+    struct Best<'a>(&'a [f32]);
+
+    const PIECE: usize = 1024;
+
+    impl pulp::WithSimd for Best<'_> {
+        type Output = (usize, f32);
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) -> (usize, f32) {
+            let mut best = (0, f32::NEG_INFINITY);
+            for (index, piece) in self.0.chunks(PIECE).enumerate() {
+                let most = max(piece);
+                if most > best.1 {
+                    best = (index, most);
+                }
+            }
+            best
+        }
+    }
+
+    let (piece, most) = pulp::Arch::new().dispatch(Best(x));
+    let start = piece * PIECE;
+    let found = x.get(start..)?.iter().position(|x| *x == most)?;
+    (most > f32::NEG_INFINITY).then_some(start + found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,6 +233,16 @@ mod tests {
         assert_eq!(softmax(&[never, 0.0, -200.0, 0.0]), [0.0, 0.5, 0.0, 0.5]);
         assert_eq!(softmax(&[never; 3]), [0.0; 3]);
         assert!(softmax(&[f32::NAN, 1.0])[0].is_nan());
+    }
+
+    #[test]
+    fn the_first_of_the_largest() {
+        let never = f32::NEG_INFINITY;
+        assert_eq!(argmax(&[never, 1.0, f32::NAN, 3.0, 3.0]), Some(3));
+        assert_eq!(argmax(&[never; 40]), None);
+        assert_eq!(argmax(&[]), None);
+        let x: Vec<f32> = (0..5000).map(|i| ((i * 37) % 4999) as f32).collect();
+        assert_eq!(argmax(&x).map(|i| x[i]), Some(4998.0));
     }
 
     #[test]
