@@ -28,6 +28,7 @@ pub struct Config {
     pub type_vocab_size: usize,
     pub initializer_range: f64,
     pub layer_norm_eps: f64,
+    pub pad_token_id: u32,
     pub is_decoder: bool,
     pub tie_word_embeddings: bool,
 }
@@ -46,6 +47,7 @@ impl Default for Config {
             type_vocab_size: 2,
             initializer_range: 0.02,
             layer_norm_eps: 1e-12,
+            pad_token_id: 0,
             is_decoder: false,
             tie_word_embeddings: true,
         }
@@ -113,73 +115,101 @@ impl Config {
         })
     }
 
-    /// The encoder below `w`, whose positions are counted as given.
+    /// The embeddings at `w`, `width` wide, with positions counted as given.
     ///
     /// # Errors
     /// As [`layer`](Self::layer).
-    pub fn encoder(&self, w: &Weights, position_count: PositionCount) -> Result<Encoder<Layer>> {
-        self.check()?;
-        let embeddings = EmbeddingsConfig {
+    pub fn embeddings(&self, w: &Weights, width: usize, position_count: PositionCount) -> Result<Embeddings> {
+        let config = EmbeddingsConfig {
             vocab_size: self.vocab_size,
-            width: self.hidden_size,
+            width,
             max_position_embeddings: Some(self.max_position_embeddings),
             position_count,
             type_vocab_size: self.type_vocab_size,
             eps: self.layer_norm_eps,
         };
-        let embeddings = Embeddings::load(&w.pp("embeddings"), embeddings)?;
+        Embeddings::load(w, config)
+    }
+
+    /// The encoder below `w`, with positions counted as given.
+    ///
+    /// # Errors
+    /// As [`layer`](Self::layer).
+    pub fn encoder(&self, w: &Weights, position_count: PositionCount) -> Result<Encoder<Layer>> {
+        self.check()?;
+        let embeddings = self.embeddings(&w.pp("embeddings"), self.hidden_size, position_count)?;
         let layers = (0..self.num_hidden_layers).map(|i| self.layer(&w.pp("encoder.layer").pp(i)));
         Ok(Encoder::new(embeddings, layers.collect::<Result<_>>()?))
     }
-
-    /// The head that hands on the pooler's output, from the place of the pooler.
-    ///
-    /// # Errors
-    /// A tensor that is missing or misshapen.
-    pub fn pooler(&self, w: &Weights) -> Result<Head> {
-        let dense = Linear::load(&w.pp("dense"), self.hidden_size, self.hidden_size, true)?;
-        Ok(Head::new(Reads::First).dense(dense, Activation::Tanh))
-    }
 }
+
+/// What BERT's pooler makes of the first token; `w` is the place of its dense layer.
+///
+/// # Errors
+/// A tensor that is missing or misshapen.
+pub fn pooler(w: &Weights, hidden: usize) -> Result<Head> {
+    let dense = Linear::load(w, hidden, hidden, true)?;
+    Ok(Head::new(Reads::First).dense(dense, Activation::Tanh))
+}
+
+/// The heads that stand on BERT's pooler, whose dense layer is at `pooler_place`, and those of single tokens; none for
+/// the other tasks.
+///
+/// # Errors
+/// A tensor that is missing or misshapen.
+pub fn pooled_head(
+    task: Task,
+    w: &Weights,
+    pooler_place: &Weights,
+    hidden: usize,
+    labels: usize,
+) -> Result<Option<Head>> {
+    let pooled = || pooler(pooler_place, hidden);
+    let linear = |name, outputs| Linear::load(&w.pp(name), hidden, outputs, true);
+    Ok(match task {
+        Task::Base if pooler_place.contains("weight") => Some(pooled()?),
+        Task::SequenceClassification => Some(pooled()?.output(linear("classifier", labels)?)),
+        Task::MultipleChoice => Some(pooled()?.output(linear("classifier", 1)?)),
+        Task::TokenClassification => Some(Head::new(Reads::All).output(linear("classifier", labels)?)),
+        Task::QuestionAnswering => Some(Head::new(Reads::All).output(linear("qa_outputs", 2)?)),
+        _ => None,
+    })
+}
+
+/// Tensors that BERT's relatives may hold and a model need not use.
+pub const IGNORED: &[&str] = &[
+    "embeddings.position_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+];
 
 impl EncoderArchitecture for Config {
     type Model = Encoder<Layer>;
     const BASE: &'static str = "bert";
-    const IGNORED: &'static [&'static str] = &[
-        "embeddings.position_ids",
-        "pooler.dense.weight",
-        "pooler.dense.bias",
-    ];
+    const IGNORED: &'static [&'static str] = IGNORED;
 
     fn load(&self, w: &Weights) -> Result<Encoder<Layer>> {
         self.encoder(&w.pp("bert"), PositionCount::Plain)
     }
 
     fn head(&self, task: Task, w: &Weights, model: &Encoder<Layer>, labels: usize) -> Result<Option<Head>> {
-        let (hidden, pooler) = (self.hidden_size, w.pp("bert.pooler"));
-        let linear = |name, outputs| Linear::load(&w.pp(name), hidden, outputs, true);
-        let head = match task {
-            Task::Base if !pooler.contains("dense.weight") => return Ok(None),
-            Task::Base => self.pooler(&pooler)?,
+        let (hidden, eps, place) = (self.hidden_size, self.layer_norm_eps, w.pp("bert.pooler.dense"));
+        Ok(Some(match task {
             Task::MaskedLM => {
                 let w = w.pp("cls.predictions");
                 let dense = Linear::load(&w.pp("transform.dense"), hidden, hidden, true)?;
-                let norm = LayerNorm::load(&w.pp("transform.LayerNorm"), hidden, self.layer_norm_eps, true)?;
+                let norm = LayerNorm::load(&w.pp("transform.LayerNorm"), hidden, eps, true)?;
                 let table = &model.embeddings.word_embeddings;
                 let output = vocabulary_output(&w, ["decoder", "bias"], table, self.tie_word_embeddings)?;
-                Head::new(Reads::All)
-                    .dense(dense, self.hidden_act)
-                    .norm(norm)
-                    .output(output)
+                let head = Head::new(Reads::All).dense(dense, self.hidden_act);
+                head.norm(norm).output(output)
             }
-            Task::NextSentencePrediction => self.pooler(&pooler)?.output(linear("cls.seq_relationship", 2)?),
-            Task::SequenceClassification => self.pooler(&pooler)?.output(linear("classifier", labels)?),
-            Task::MultipleChoice => self.pooler(&pooler)?.output(linear("classifier", 1)?),
-            Task::TokenClassification => Head::new(Reads::All).output(linear("classifier", labels)?),
-            Task::QuestionAnswering => Head::new(Reads::All).output(linear("qa_outputs", 2)?),
-            Task::PreTraining => return Ok(None),
-        };
-        Ok(Some(head))
+            Task::NextSentencePrediction => {
+                let output = Linear::load(&w.pp("cls.seq_relationship"), hidden, 2, true)?;
+                pooler(&place, hidden)?.output(output)
+            }
+            _ => return pooled_head(task, w, &place, hidden, labels),
+        }))
     }
 
     fn max_position_embeddings(&self) -> Option<usize> {

@@ -3,7 +3,8 @@
 //! A file holds the [`Config`](llama::Config) (the fields of `config.json`, same names, same defaults), the
 //! layer, and how a checkpoint becomes the model. Everything else is shared: layers come from
 //! `oxiformers-nn`, loading and the registry from this crate. To add an architecture, read
-//! [`llama`] and one neighbour, then add a line to `registry.rs`.
+//! [`llama`] and one neighbour, then add a line to `registry.rs`; for an encoder and its heads, read [`bert`] and
+//! [`roberta`].
 
 use std::ops::Range;
 
@@ -24,11 +25,14 @@ pub mod tasks;
 
 mod layer_types;
 
+pub mod albert;
 pub mod bart;
 pub mod bert;
 pub mod bloom;
 pub mod cohere;
 pub mod deepseek_v3;
+pub mod distilbert;
+pub mod electra;
 pub mod falcon;
 pub mod gemma;
 pub mod gemma2;
@@ -44,6 +48,7 @@ pub mod marian;
 pub mod mbart;
 pub mod mistral;
 pub mod mixtral;
+pub mod mpnet;
 pub mod mpt;
 pub mod mt5;
 pub mod olmo2;
@@ -56,6 +61,7 @@ pub mod qwen2;
 pub mod qwen2_moe;
 pub mod qwen3;
 pub mod qwen3_moe;
+pub mod roberta;
 pub mod smollm3;
 pub mod stablelm;
 pub mod starcoder2;

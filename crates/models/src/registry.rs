@@ -318,7 +318,17 @@ architectures! {
         Umt5(umt5) = "umt5";
     }
     encoders {
+        /// ALBERT.
+        Albert(albert) = "albert";
         /// BERT.
         Bert(bert) = "bert";
+        /// DistilBERT.
+        DistilBert(distilbert) = "distilbert";
+        /// ELECTRA.
+        Electra(electra) = "electra";
+        /// MPNet.
+        MpNet(mpnet) = "mpnet";
+        /// RoBERTa, XLM-RoBERTa and CamemBERT.
+        Roberta(roberta) = "roberta" | "xlm-roberta" | "camembert";
     }
 }

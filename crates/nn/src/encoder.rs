@@ -6,7 +6,7 @@ use std::ops::Range;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::{Context, Embedding, Error, LayerNorm, Linear, Norm, Result, Weights};
+use crate::{Context, Embedding, Error, LayerNorm, Linear, Norm, RelativeBias, Result, Weights};
 
 /// A batch of token sequences, as rows of equal length.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -300,8 +300,13 @@ pub struct Encoder<L: EncoderLayer> {
     pub embeddings: Embeddings,
     /// From the width of the embeddings to that of the layers, where they differ.
     pub project: Option<Linear>,
+    /// A bias for relative positions that all layers share.
+    pub relative_bias: Option<RelativeBias>,
     /// The layers.
     pub layers: Vec<L>,
+    /// Which layer runs in each place; one may run in many.
+    #[module(skip)]
+    pub order: Vec<usize>,
     /// Norm of the output.
     pub norm: Option<Norm>,
 }
@@ -312,6 +317,8 @@ impl<L: EncoderLayer> Encoder<L> {
         Self {
             embeddings,
             project: None,
+            relative_bias: None,
+            order: (0..layers.len()).collect(),
             layers,
             norm: None,
         }
@@ -325,7 +332,12 @@ impl<L: EncoderLayer> Backbone for Encoder<L> {
             x = project.forward(x);
         }
         let cx = &mut inputs.context(device);
-        Ok(run_layers(&self.layers, x, inputs, cx, self.norm.as_ref()))
+        if let Some(bias) = &self.relative_bias {
+            let seq = cx.seq();
+            cx.set_bias(Some(bias.forward(0, seq, seq)));
+        }
+        let layers = self.order.iter().filter_map(|index| self.layers.get(*index));
+        Ok(run_layers(layers, x, inputs, cx, self.norm.as_ref()))
     }
 }
 
