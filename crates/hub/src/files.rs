@@ -34,7 +34,7 @@ pub struct ModelFiles {
     gguf: Arc<OnceLock<GgufFile>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Entry {
     #[cfg(not(target_arch = "wasm32"))]
     Path(PathBuf),
@@ -108,6 +108,20 @@ impl ModelFiles {
     pub fn named(mut self, name: &str) -> Self {
         self.name = name.into();
         self
+    }
+
+    /// The files of a folder within these, as a model of their own; all of them where `place` is empty.
+    #[must_use]
+    pub fn folder(&self, place: &str) -> Self {
+        let place = place.trim_matches('/');
+        if matches!(place, "" | ".") {
+            return self.clone();
+        }
+        let prefix = format!("{place}/");
+        let files = (self.files.iter())
+            .filter_map(|(name, entry)| Some((name.strip_prefix(&prefix)?.to_owned(), entry.clone())))
+            .collect();
+        Self::new(format!("{}/{place}", self.name), files)
     }
 
     /// What the model is called in messages: the path, the repository or the package.

@@ -65,6 +65,14 @@ pub enum Error {
         /// What the checkpoint was saved as.
         saved_as: String,
     },
+    /// A file beside `config.json` is not what it should be.
+    #[error("{file}: {message}")]
+    File {
+        /// The file.
+        file: String,
+        /// Field and problem.
+        message: String,
+    },
     /// What a model is given does not fit it.
     #[error(transparent)]
     Input(#[from] oxiformers_nn::Error),

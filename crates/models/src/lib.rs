@@ -21,6 +21,7 @@ pub mod error;
 pub mod fields;
 pub mod gguf;
 pub mod registry;
+pub mod sentence;
 pub mod tasks;
 
 mod layer_types;
@@ -77,6 +78,7 @@ pub use auto_encoder::{
 };
 pub use error::Error;
 pub use oxiformers_nn as nn;
+pub use sentence::{PoolingMode, SentenceModel};
 pub use tasks::{Labels, ProblemType, SpanLogits, Task, TaskType};
 
 /// What an architecture's configuration knows: how its model is built.

@@ -8,7 +8,7 @@ use oxiformers_models::{
 use oxiformers_nn::LoadOptions;
 use oxiformers_processors::Tokenizer;
 
-use crate::{LanguageModel, Result, Seq2SeqModel};
+use crate::{LanguageModel, Result, SentenceEncoder, Seq2SeqModel};
 
 /// Loading by name, as Transformers' Auto classes do: the files say what the model is.
 ///
@@ -91,6 +91,12 @@ impl FromPretrained for LanguageModel {
 }
 
 impl FromPretrained for Seq2SeqModel {
+    fn from_model_files(files: &ModelFiles) -> Result<Self> {
+        Self::from_files(files, &LoadOptions::default())
+    }
+}
+
+impl FromPretrained for SentenceEncoder {
     fn from_model_files(files: &ModelFiles) -> Result<Self> {
         Self::from_files(files, &LoadOptions::default())
     }

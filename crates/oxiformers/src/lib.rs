@@ -27,6 +27,7 @@ pub mod device;
 mod error;
 mod language_model;
 mod perplexity;
+mod sentence_encoder;
 mod seq2seq_model;
 
 pub use oxiformers_generate as generate;
@@ -53,4 +54,5 @@ pub use models::{
 pub use nn::{EncoderInputs, LoadOptions};
 pub use perplexity::{Perplexity, perplexity};
 pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer, Tokenizer as AutoTokenizer};
+pub use sentence_encoder::SentenceEncoder;
 pub use seq2seq_model::Seq2SeqModel;

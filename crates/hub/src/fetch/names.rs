@@ -131,7 +131,9 @@ pub(crate) fn select(names: &[String], wanted: Option<&str>, place: &str) -> Res
     if let Weights::Files(files) = &mut selection.weights {
         let module = |name: &&String| {
             name.split_once('/').is_some_and(|(folder, file)| {
-                file == "model.safetensors" && folder.starts_with(|first: char| first.is_ascii_digit())
+                let old = || file == "pytorch_model.bin" && !has(&format!("{folder}/model.safetensors"));
+                folder.starts_with(|first: char| first.is_ascii_digit())
+                    && (file == "model.safetensors" || old())
             })
         };
         files.extend(names.iter().filter(module).cloned());
@@ -318,6 +320,8 @@ mod tests {
             "onnx/model.onnx",
             "1_Pooling/config.json",
             "2_Dense/model.safetensors",
+            "2_Dense/pytorch_model.bin",
+            "3_Dense/pytorch_model.bin",
             "chat_template.jinja",
             "checkpoint-100/config.json",
             "model.gguf",
@@ -333,7 +337,11 @@ mod tests {
         assert_eq!(selection.small, names(&small));
         assert_eq!(
             selection.weights,
-            Weights::Files(names(&["model.safetensors", "2_Dense/model.safetensors"]))
+            Weights::Files(names(&[
+                "model.safetensors",
+                "2_Dense/model.safetensors",
+                "3_Dense/pytorch_model.bin",
+            ]))
         );
     }
 
