@@ -174,13 +174,13 @@ pub struct PerplexityArgs {
 pub struct BenchArgs {
     #[arg(help = MODEL_HELP)]
     pub model: String,
-    /// Lengths of prompts to time.
+    /// Lengths of prompts to time; of an encoder, those of its sequences.
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "128,512", value_parser = positive)]
     pub prompt_tokens: Vec<usize>,
     /// Tokens before the ones whose decoding is timed.
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "32", value_parser = positive)]
     pub context: Vec<usize>,
-    /// Numbers of sequences to decode at a time.
+    /// Numbers of sequences to decode, or to encode, at a time.
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,4,16", value_parser = positive)]
     pub batch: Vec<usize>,
     /// Tokens to decode, the first of which counts as the prompt's.

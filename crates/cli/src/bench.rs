@@ -5,15 +5,23 @@ use std::time::Instant;
 
 use anyhow::bail;
 use indicatif::BinaryBytes;
-use oxiformers::{CausalLM, GenerationConfig, LanguageModel, Step, block_on};
+use oxiformers::hub::ModelFiles;
+use oxiformers::models::registry::Kind;
+use oxiformers::{
+    AutoConfig, AutoModel, CausalLM, EncoderInputs, GenerationConfig, LanguageModel, Step, block_on,
+};
 use serde_json::{Value, json};
 
 use crate::args::BenchArgs;
 use crate::session;
 
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    let files = session::files(Some(&args.model))?;
+    if files.gguf().is_none() && AutoConfig::from_files(&files)?.architecture.kind() == Kind::Encoder {
+        return run_encoder(args, &files);
+    }
     let begin = Instant::now();
-    let model = session::load(Some(&args.model), &args.run)?;
+    let model = LanguageModel::from_files(&files, &session::options(&args.run)?)?;
     let load_s = begin.elapsed().as_secs_f64();
     let most = model.max_positions().unwrap_or(usize::MAX);
 
@@ -78,13 +86,83 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Times an encoder: whole batches of random tokens, up to the mean over each sequence.
+fn run_encoder(args: &BenchArgs, files: &ModelFiles) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let model = AutoModel::from_files(files, &session::options(&args.run)?)?;
+    let load_s = begin.elapsed().as_secs_f64();
+    let vocab = (model.config.json.get("vocab_size").and_then(Value::as_u64)).unwrap_or(1000) as usize;
+
+    let mut rows = Vec::new();
+    for tokens in &args.prompt_tokens {
+        for batch in &args.batch {
+            let ids: Vec<Vec<u32>> = prompts(vocab, *batch, *tokens);
+            let inputs = EncoderInputs::padded(&ids, 0);
+            let forward = || -> anyhow::Result<f64> {
+                let begin = Instant::now();
+                let x = model.forward(&inputs)?.last_hidden_state;
+                x.mean_dim(1).into_data();
+                Ok(begin.elapsed().as_secs_f64())
+            };
+            let mut seconds = repeat(args.rounds, forward)?;
+            seconds.sort_by(f64::total_cmp);
+            let median = seconds.get(seconds.len() / 2).copied().unwrap_or_default();
+            rows.push(json!({
+                "what": "forward", "tokens": tokens, "batch": batch, "ms": median * 1e3,
+                "least_ms": seconds.first().map(|s| s * 1e3), "most_ms": seconds.last().map(|s| s * 1e3),
+                "sequences_per_s": *batch as f64 / median, "tokens_per_s": (batch * tokens) as f64 / median,
+            }));
+        }
+    }
+    let peak = peak_memory();
+    let mut out = io::stdout().lock();
+    if args.json {
+        let report = json!({
+            "model": files.name(), "load_s": load_s, "peak_memory": peak, "threads": args.run.threads, "runs": rows,
+        });
+        return Ok(writeln!(out, "{report:#}")?);
+    }
+    writeln!(out, "{}\nload  {load_s:.3} s", files.name())?;
+    let columns = [
+        "tokens",
+        "batch",
+        "ms",
+        "least_ms",
+        "most_ms",
+        "sequences_per_s",
+        "tokens_per_s",
+    ];
+    writeln!(
+        out,
+        "{}",
+        columns
+            .map(|name| format!("{:>12}", name.replace("_per_", "/").replace("sequences", "seqs")))
+            .join("")
+    )?;
+    for row in rows {
+        let number = |name: &str| row[name].as_f64().unwrap_or_default();
+        let digits = |name: &str| if matches!(name, "tokens" | "batch") { 0 } else { 1 };
+        writeln!(
+            out,
+            "{}",
+            columns
+                .map(|name| format!("{:>12.*}", digits(name), number(name)))
+                .join("")
+        )?;
+    }
+    if let Some(peak) = peak {
+        writeln!(out, "peak memory {}", BinaryBytes(peak))?;
+    }
+    Ok(())
+}
+
 struct Run {
     prompt_s: f64,
     decode_s: f64,
 }
 
 /// One run that counts is after one that does not.
-fn repeat(rounds: usize, run: impl Fn() -> anyhow::Result<Run>) -> anyhow::Result<Vec<Run>> {
+fn repeat<T>(rounds: usize, run: impl Fn() -> anyhow::Result<T>) -> anyhow::Result<Vec<T>> {
     run()?;
     (0..rounds).map(|_| run()).collect()
 }
@@ -107,15 +185,7 @@ fn time(model: &LanguageModel, prompt: usize, batch: usize, new: usize) -> anyho
         eos_token_id: Vec::new(),
         ..GenerationConfig::default()
     };
-    // Any tokens will do, and different ones in each prompt.
-    let vocab = model.model.vocab_size();
-    let prompts: Vec<Vec<u32>> = (0..batch)
-        .map(|row| {
-            (0..prompt)
-                .map(|i| ((i * 7919 + row * 104_729 + 11) % vocab) as u32)
-                .collect()
-        })
-        .collect();
+    let prompts = prompts(model.model.vocab_size(), batch, prompt);
     let mut generation = oxiformers::Generator::new(&model.model, config).start(&prompts, None)?;
     let begin = Instant::now();
     let mut prompt_s = None;
@@ -134,6 +204,14 @@ fn time(model: &LanguageModel, prompt: usize, batch: usize, new: usize) -> anyho
         prompt_s,
         decode_s: total_s - prompt_s,
     })
+}
+
+/// `batch` rows of `tokens` tokens: any will do, and different ones in each row.
+fn prompts(vocab: usize, batch: usize, tokens: usize) -> Vec<Vec<u32>> {
+    let id = |row, i| ((i * 7919 + row * 104_729 + 11) % vocab) as u32;
+    (0..batch)
+        .map(|row| (0..tokens).map(|i| id(row, i)).collect())
+        .collect()
 }
 
 /// The most memory that this process has held, in bytes, where the system tells.

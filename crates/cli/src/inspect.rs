@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use indicatif::{DecimalBytes, HumanCount};
 use oxiformers::hub::checkpoint::Checkpoint;
+use oxiformers::models::registry::Kind;
 use oxiformers::{AutoConfig, ChatTemplate, Tokenizer};
 use serde_json::{Value, json};
 
@@ -29,7 +30,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         bytes += tensor.dtype.num_bytes(&tensor.shape).unwrap_or(0);
         *dtypes.entry(tensor.dtype.name()).or_default() += count;
     }
-    let cache = cache_bytes_per_token(&config.json);
+    let cache = cache_bytes_per_token(&config.json).filter(|_| config.architecture.kind() != Kind::Encoder);
     let context = config.architecture.max_position_embeddings();
     let report = json!({
         "model": files.name(),

@@ -76,7 +76,8 @@ impl TextModel {
     }
 }
 
-fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
+/// How a model is to be loaded.
+pub fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
     if let Some(threads) = run.threads {
         device::set_threads(threads.into());
     }

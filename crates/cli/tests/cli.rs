@@ -276,6 +276,33 @@ fn bench_measures_what_it_is_asked_for() {
 }
 
 #[test]
+fn bench_times_an_encoder() {
+    let encoder = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../models/tests/fixtures/encoders/distilbert"
+    );
+    let bench = |more: &[&str]| {
+        let mut command = oxiformers();
+        command.args(["bench", encoder, "--rounds", "1"]).args(more);
+        command
+    };
+    let report = json(&mut bench(&["--prompt-tokens", "4,8", "--batch", "3", "--json"]));
+    let runs = report["runs"].as_array().unwrap();
+    let lengths: Vec<_> = runs.iter().map(|run| run["tokens"].as_u64().unwrap()).collect();
+    assert_eq!(lengths, [4, 8]);
+    for run in runs {
+        assert_eq!((&run["what"], &run["batch"]), (&"forward".into(), &3.into()));
+        assert!(run["ms"].as_f64().unwrap() > 0.0 && run["sequences_per_s"].as_f64().unwrap() > 0.0);
+    }
+    let table = bench(&["--prompt-tokens", "8", "--batch", "2"])
+        .assert()
+        .success();
+    table.stdout(contains("seqs/s"));
+    let too_long = bench(&["--prompt-tokens", "33"]).assert().failure();
+    too_long.stderr(contains("made for 32"));
+}
+
+#[test]
 fn perplexity_of_a_text() {
     let tiny = tiny_model();
     let path = tiny.path().to_str().unwrap();
