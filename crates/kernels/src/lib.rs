@@ -25,5 +25,5 @@ pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
 pub use linear::{Weight, feed_forward, linear, linears};
 pub use math::{argmax, softmax};
 pub use norm::{layer_norm, rms_norm};
-pub use packed::{PackedMatrix, packed_rows};
+pub use packed::{Form, PackedMatrix, packed_rows};
 pub use rotary::rotary;

@@ -9,7 +9,7 @@ use crate::activation::Activation;
 use crate::dense;
 use crate::flex;
 use crate::int8::{self, Int8Matrix};
-use crate::packed::{PackedMatrix, matmul_transposed};
+use crate::packed::{Form, PackedMatrix};
 use crate::threads::for_each_chunk;
 
 /// A weight matrix `[out_features, in_features]`.
@@ -41,9 +41,8 @@ pub fn linear<const D: usize>(x: Tensor<D>, layer: Layer, act: Option<Activation
 
 /// [`linear`] with several layers and the same `x`, at once.
 ///
-/// On the CPU, weights with an [integer form](PackedMatrix::int8) are multiplied with activations that are quantized
-/// to it, those with a [float form](PackedMatrix::dense) or in a tensor as floats. Others are widened tile by tile
-/// into a scratch buffer that stays in the cache. Either way memory is read once in its packed form.
+/// On the CPU, weights with an [integer form](Form::Int8) are multiplied with activations that are quantized, those
+/// with a [float form](Form::Float) or in a tensor as floats. Either way memory is read once in its packed form.
 pub fn linears<const D: usize, const N: usize>(
     x: Tensor<D>,
     layers: [Layer; N],
@@ -124,17 +123,23 @@ impl Operand {
 
     fn int8(&self) -> Option<&Int8Matrix> {
         match &self.weight {
+            Source::Packed(matrix) => match matrix.form() {
+                Form::Int8(matrix) => Some(matrix),
+                Form::Float(_) => None,
+            },
             Source::Dense(..) => None,
-            Source::Packed(matrix) => matrix.int8(),
         }
     }
 
     fn float(&self) -> Option<dense::Layer<'_>> {
         let weight = match &self.weight {
+            Source::Packed(matrix) => match matrix.form() {
+                Form::Float(matrix) => dense::Weight::Packed(matrix),
+                Form::Int8(_) => return None,
+            },
             Source::Dense(values, shape) => dense::Weight::Plain(flex::values(values), *shape),
-            Source::Packed(matrix) => dense::Weight::Packed(matrix.dense()?),
         };
-        Some((weight, self.bias.as_ref().map(flex::values)))
+        Some((weight, self.bias()))
     }
 }
 
@@ -172,13 +177,7 @@ fn products(x: &[f32], in_features: usize, operands: &[Operand], act: Option<Act
     if float.len() == operands.len() {
         return dense::matmul(x, in_features, &float, act);
     }
-    if let [operand] = operands
-        && let Source::Packed(matrix) = &operand.weight
-    {
-        let mut out = matmul_transposed(x, matrix.as_ref());
-        finish(&mut out, operand, act);
-        return vec![out];
-    }
+    // One alone is of one kind.
     let one = |operand| products(x, in_features, std::slice::from_ref(operand), act);
     operands.iter().flat_map(one).collect()
 }

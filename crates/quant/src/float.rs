@@ -5,8 +5,8 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use oxiformers_hub::checkpoint::DType;
-use oxiformers_kernels::PackedMatrix;
 use oxiformers_kernels::dense::{DenseMatrix, Float};
+use oxiformers_kernels::{Form, PackedMatrix};
 
 /// A matrix of `F32`, `F16` or `BF16` values, row-major, little-endian.
 #[derive(Debug, Clone)]
@@ -69,11 +69,11 @@ impl PackedMatrix for FloatMatrix {
         }
     }
 
-    fn dense(&self) -> Option<&DenseMatrix> {
+    fn form(&self) -> Form<'_> {
         let [rows, cols] = self.shape;
         // From then on a few rows are looked up at most.
         let done = oxiformers_hub::release;
         let pack = || DenseMatrix::pack(self.float, rows, cols, &self.data, &done);
-        Some(self.dense.get_or_init(pack))
+        Form::Float(self.dense.get_or_init(pack))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
 use oxiformers_kernels::int8::Int8Matrix;
-use oxiformers_kernels::{PackedMatrix, ggml};
+use oxiformers_kernels::{Form, PackedMatrix, ggml};
 
 /// A matrix whose rows are runs of ggml blocks.
 #[derive(Debug, Clone)]
@@ -16,7 +16,7 @@ pub struct GgmlMatrix {
     row_bytes: usize,
     data: Bytes,
     /// Made when the first product needs it: tables of embeddings are only looked up.
-    int8: Arc<OnceLock<Option<Int8Matrix>>>,
+    int8: Arc<OnceLock<Int8Matrix>>,
 }
 
 impl GgmlMatrix {
@@ -56,11 +56,11 @@ impl PackedMatrix for GgmlMatrix {
         debug_assert!(done.is_ok(), "the constructor checked the sizes");
     }
 
-    fn int8(&self) -> Option<&Int8Matrix> {
+    fn form(&self) -> Form<'_> {
         let [rows, cols] = self.shape;
         // From then on a few rows are looked up at most.
         let done = oxiformers_hub::release;
         let pack = || Int8Matrix::pack(self.ty, rows, cols, &self.data, &done);
-        self.int8.get_or_init(pack).as_ref()
+        Form::Int8(self.int8.get_or_init(pack))
     }
 }

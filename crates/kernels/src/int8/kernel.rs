@@ -1,9 +1,6 @@
 //! A tile of weights times rows of activations.
 
-// Other processors widen tiles to f32 so far.
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-
-use super::simd::Simd;
+use super::simd::{Simd, Split};
 use super::{Activations, BLOCK, TILE, batches, planes};
 use crate::ggml::Format;
 
@@ -21,47 +18,56 @@ pub(super) type Kernel = unsafe fn(
     columns: usize,
 );
 
-/// The best kernel of this processor for a format.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn kernel<F: Format<B, N>, const B: usize, const N: usize>() -> Option<Kernel> {
-    use std::arch::is_x86_feature_detected as has;
-    if has!("avx512f") && has!("avx512bw") && has!("avx512vnni") {
-        Some(avx512::<F, B, N>)
-    } else if has!("avx2") && has!("fma") && has!("f16c") {
-        Some(avx2::<F, B, N>)
-    } else {
-        None
-    }
+/// The kernel for few rows.
+#[derive(Clone, Copy)]
+pub(super) struct Few {
+    pub multiply: Kernel,
+    /// How it takes activations.
+    pub split: Split,
+    /// The largest of its [batches].
+    pub most: usize,
 }
 
-/// The best kernel of this processor for a format.
-#[cfg(not(target_arch = "x86_64"))]
-pub(super) fn kernel<F: Format<B, N>, const B: usize, const N: usize>() -> Option<Kernel> {
-    None
-}
-
-#[cfg(target_arch = "x86_64")]
 macro_rules! kernel {
-    ($name:ident, $simd:ty, $features:literal) => {
-        #[target_feature(enable = $features)]
-        pub(super) unsafe fn $name<F: Format<B, N>, const B: usize, const N: usize>(
-            tile: *const u8,
-            factors: *const f32,
-            x: &Activations,
-            out: *mut f32,
-            stride: usize,
-            columns: usize,
-        ) {
-            // SAFETY: the caller's; the features are enabled here.
-            unsafe { all_rows::<$simd, F, B, N>(tile, factors, x, out, stride, columns) }
+    ($name:ident, $simd:ty $(, $features:literal)?) => {
+        pub(super) mod $name {
+            use super::*;
+
+            pub(in crate::int8) fn few<F: Format<B, N>, const B: usize, const N: usize>() -> Few {
+                Few {
+                    multiply: multiply::<F, B, N>,
+                    split: <$simd>::SPLIT,
+                    most: <$simd>::MOST,
+                }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn multiply<F: Format<B, N>, const B: usize, const N: usize>(
+                tile: *const u8,
+                factors: *const f32,
+                x: &Activations,
+                out: *mut f32,
+                stride: usize,
+                columns: usize,
+            ) {
+                // SAFETY: the caller's; the features are enabled here.
+                unsafe { all_rows::<$simd, F, B, N>(tile, factors, x, out, stride, columns) }
+            }
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-kernel!(avx512, super::simd::Avx512, "avx512f,avx512bw,avx512vnni");
+kernel!(avx512, crate::int8::simd::Avx512, "avx512f,avx512bw,avx512vnni");
 #[cfg(target_arch = "x86_64")]
-kernel!(avx2, super::simd::Avx2, "avx2,fma,f16c");
+kernel!(avx2, crate::int8::simd::Avx2, "avx2,fma,f16c");
+#[cfg(target_arch = "aarch64")]
+kernel!(dot_prod, crate::int8::simd::DotProd, "neon,dotprod");
+#[cfg(target_arch = "aarch64")]
+kernel!(neon, crate::int8::simd::Neon, "neon");
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+kernel!(simd128, crate::int8::simd::Simd128, "simd128");
+kernel!(scalar, crate::int8::simd::Scalar);
 
 /// # Safety
 /// See [`Kernel`].
@@ -76,11 +82,11 @@ unsafe fn all_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
 ) {
     // SAFETY: the caller's; the batches are those of `x`.
     unsafe {
-        for (first, rows) in batches(x.rows) {
+        for (first, rows) in batches(x.rows, S::MOST) {
             match rows {
-                8 => batch::<S, F, B, N, 8>(tile, factors, x, first, out, stride, columns),
-                4 => batch::<S, F, B, N, 4>(tile, factors, x, first, out, stride, columns),
-                2 => batch::<S, F, B, N, 2>(tile, factors, x, first, out, stride, columns),
+                8 if S::MOST >= 8 => batch::<S, F, B, N, 8>(tile, factors, x, first, out, stride, columns),
+                4 if S::MOST >= 4 => batch::<S, F, B, N, 4>(tile, factors, x, first, out, stride, columns),
+                2 if S::MOST >= 2 => batch::<S, F, B, N, 2>(tile, factors, x, first, out, stride, columns),
                 _ => batch::<S, F, B, N, 1>(tile, factors, x, first, out, stride, columns),
             }
         }
@@ -114,6 +120,7 @@ unsafe fn batch<S: Simd, F: Format<B, N>, const B: usize, const N: usize, const 
             None => (S::splat(0), F::OFFSET),
         };
         let full = F::BITS == 8 || F::TABLE.is_some();
+        let offset = if full { offset - S::BIAS } else { offset };
         let mut total = [S::zero(); M];
         for block in 0..blocks {
             let at = tile.add(block * block_bytes);

@@ -3,8 +3,8 @@
 // All bodies are plain arithmetic, and loads of as many bytes as the trait says; who calls vouches for the
 // processor and the pointers.
 #![allow(clippy::undocumented_unsafe_blocks)]
-// Other processors widen tiles to f32 so far.
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+// Not every implementation needs all of it.
+#![allow(dead_code)]
 
 /// Sixteen lanes, each with an `i32` or four bytes, or an `f32`.
 ///
@@ -17,6 +17,15 @@ pub(super) trait Simd: Copy {
     /// 16 `f32`.
     type Float: Copy;
 
+    /// Rows of activations whose sums the registers have room for while codes are unpacked: 1, 2, 4 or 8.
+    const MOST: usize;
+    /// How [`dots`](Self::dots) takes activations.
+    const SPLIT: Split = Split::Words;
+    /// What [`dots`](Self::dots) takes from each of the weights' bytes if they are `full`.
+    const BIAS: i32 = 0;
+    /// Vectors that [`unpack`](Self::unpack) makes of one: 2 for [words](Split::Words), 1 for [bytes](Split::Bytes).
+    const UNPACKED: usize = 2;
+
     unsafe fn load(from: *const u8) -> Self::Int;
     unsafe fn splat(value: i32) -> Self::Int;
     /// A table of 16 bytes for [`look_up`](Self::look_up).
@@ -26,17 +35,35 @@ pub(super) trait Simd: Copy {
     unsafe fn bits<const RIGHT: u32>(v: Self::Int, mask: u8) -> Self::Int;
     /// `low | high << LEFT`, bytewise; nothing is shifted out.
     unsafe fn join<const LEFT: u32>(low: Self::Int, high: Self::Int) -> Self::Int;
-    /// Adds to each lane of `high[m]` the dot product of its four unsigned bytes `w` with four signed ones, those
-    /// numbered `m` of `from`, and to `low[m]` that with those numbered `M + m`. Unsigned bytes above 127 are
-    /// only allowed with `full`.
+    /// Adds to each lane of `low[m]`, or of `high[m]` what counts 128-fold, the dot product of its four unsigned
+    /// bytes `w` with the four codes of row `m` of `from`. Unsigned bytes above 127 are only allowed with `full`.
+    #[inline(always)]
     unsafe fn dots<const M: usize>(
-        high: &mut [Self::Int; M],
+        _high: &mut [Self::Int; M],
         low: &mut [Self::Int; M],
         w: Self::Int,
         from: *const i8,
-        full: bool,
-    );
-    /// The bytes 0 and 2 of each lane, and 1 and 3, each pair as unsigned 16-bit numbers.
+        _full: bool,
+    ) {
+        unsafe { dots_of_words::<Self, M>(low, w, from) }
+    }
+    /// Writes unsigned bytes less `offset`, as [`dots_unpacked`](Self::dots_unpacked) reads them.
+    #[inline(always)]
+    unsafe fn unpack(w: Self::Int, offset: i32, to: *mut u8) {
+        unsafe { unpack_words::<Self>(w, offset, to) }
+    }
+    /// [`dots`](Self::dots) with unpacked `w`.
+    #[inline(always)]
+    unsafe fn dots_unpacked<const M: usize>(
+        _high: &mut [Self::Int; M],
+        low: &mut [Self::Int; M],
+        w: *const u8,
+        from: *const i8,
+    ) {
+        unsafe { dots_of_unpacked::<Self, M>(low, w, from) }
+    }
+    /// The bytes 0 and 2 of each lane, and 1 and 3, as unsigned 16-bit numbers, in an order that
+    /// [`dot_words`](Self::dot_words) knows.
     unsafe fn widen(v: Self::Int) -> (Self::Int, Self::Int);
     /// `a − b` of 16-bit numbers.
     unsafe fn sub_words(a: Self::Int, b: Self::Int) -> Self::Int;
@@ -57,6 +84,87 @@ pub(super) trait Simd: Copy {
     unsafe fn scale_add(a: Self::Float, x: f32, b: Self::Float) -> Self::Float;
 }
 
+/// How four codes of an activation, numbers of 15 bits, are split into two times four bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Split {
+    /// High and low bytes, `128 · high + low`.
+    Bytes,
+    /// Two words each: the columns 0 and 2, and 1 and 3.
+    Words,
+}
+
+/// [`Simd::dots`] of [words](Split::Words).
+///
+/// # Safety
+/// See there.
+#[inline(always)]
+unsafe fn dots_of_words<S: Simd, const M: usize>(low: &mut [S::Int; M], w: S::Int, from: *const i8) {
+    unsafe {
+        let (even, odd) = S::widen(w);
+        S::dot_words(low, even, from.cast());
+        S::dot_words(low, odd, from.add(4 * M).cast());
+    }
+}
+
+/// [`Simd::unpack`] to words.
+///
+/// # Safety
+/// See there.
+#[inline(always)]
+unsafe fn unpack_words<S: Simd>(w: S::Int, offset: i32, to: *mut u8) {
+    unsafe {
+        let (even, odd) = S::widen(w);
+        let offset = S::splat(offset << 16 | offset);
+        S::store_int(S::sub_words(even, offset), to);
+        S::store_int(S::sub_words(odd, offset), to.add(64));
+    }
+}
+
+/// [`Simd::dots_unpacked`] of words.
+///
+/// # Safety
+/// See there.
+#[inline(always)]
+unsafe fn dots_of_unpacked<S: Simd, const M: usize>(low: &mut [S::Int; M], w: *const u8, from: *const i8) {
+    unsafe {
+        S::dot_words(low, S::load(w), from.cast());
+        S::dot_words(low, S::load(w.add(64)), from.add(4 * M).cast());
+    }
+}
+
+/// The bits of a half float as a subnormal or small f32, times this, are its value.
+const HALF_FACTOR: f32 = f32::from_bits((127 + 112) << 23);
+
+/// The same for all four quarters; all that is done to them is intrinsics.
+#[allow(unused_macros)]
+macro_rules! quarters {
+    (|$i:ident| $body:expr) => {
+        unsafe {
+            [
+                quarters!($i = 0, $body),
+                quarters!($i = 1, $body),
+                quarters!($i = 2, $body),
+                quarters!($i = 3, $body),
+            ]
+        }
+    };
+    ($i:ident = $number:literal, $body:expr) => {{
+        let $i = $number;
+        $body
+    }};
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+mod wasm;
+
+#[cfg(target_arch = "aarch64")]
+pub(super) use neon::{DotProd, Neon};
+pub(super) use scalar::Scalar;
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+pub(super) use wasm::Simd128;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512};
 
@@ -64,7 +172,7 @@ pub(super) use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Simd;
+    use super::{Simd, Split};
 
     /// AVX-512 with VNNI (Ice Lake, Zen 4).
     #[derive(Clone, Copy)]
@@ -73,6 +181,9 @@ mod x86 {
     impl Simd for Avx512 {
         type Int = __m512i;
         type Float = __m512;
+
+        const MOST: usize = 8;
+        const SPLIT: Split = Split::Bytes;
 
         #[inline(always)]
         unsafe fn load(from: *const u8) -> __m512i {
@@ -215,6 +326,9 @@ mod x86 {
     impl Simd for Avx2 {
         type Int = [__m256i; 2];
         type Float = [__m256; 2];
+
+        const MOST: usize = 8;
+        const SPLIT: Split = Split::Bytes;
 
         #[inline(always)]
         unsafe fn load(from: *const u8) -> [__m256i; 2] {

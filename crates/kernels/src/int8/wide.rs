@@ -3,11 +3,8 @@
 //! The codes of the tile are widened to 16 bits once for all rows, and multiplied with activations of 16 bits: one
 //! product where the kernels for few rows take two, and nothing to unpack between them.
 
-// Other processors have no such kernels yet.
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-
 use super::kernel::step;
-use super::simd::Simd;
+use super::simd::{Simd, Split};
 use super::{BLOCK, Quantized, TILE};
 use crate::ggml::Format;
 
@@ -17,6 +14,8 @@ pub(super) const MANY: usize = 24;
 /// The kernels for many rows.
 #[derive(Clone, Copy)]
 pub(super) struct Wide {
+    /// How activations are taken.
+    pub split: Split,
     pub unpack: Unpack,
     /// For one row, for two, and so on.
     pub multiply: &'static [Multiply],
@@ -30,8 +29,8 @@ pub(super) struct Line(#[allow(dead_code)] [u8; 64]);
 /// A tile with its codes widened.
 #[derive(Default)]
 pub(super) struct Unpacked {
-    /// For each block, the pairs of columns `(4 s, 4 s + 2)` and `(4 s + 1, 4 s + 3)` of all rows.
-    words: Vec<Line>,
+    /// For each four columns, those of all rows as [`Simd::unpack`] writes them.
+    codes: Vec<Line>,
     /// For each group of columns, the f32 of all rows.
     scales: Vec<Line>,
     mins: Vec<Line>,
@@ -57,34 +56,15 @@ pub(super) type Multiply = unsafe fn(
     columns: usize,
 );
 
-/// The kernels of this processor for a format.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn wide<F: Format<B, N>, const B: usize, const N: usize>() -> Option<Wide> {
-    use std::arch::is_x86_feature_detected as has;
-    if has!("avx512f") && has!("avx512bw") && has!("avx512vnni") {
-        Some(avx512::kernels::<F, B, N>())
-    } else if has!("avx2") && has!("fma") && has!("f16c") {
-        Some(avx2::kernels::<F, B, N>())
-    } else {
-        None
-    }
-}
-
-/// The kernels of this processor for a format.
-#[cfg(not(target_arch = "x86_64"))]
-pub(super) fn wide<F: Format<B, N>, const B: usize, const N: usize>() -> Option<Wide> {
-    None
-}
-
 /// The kernels of an instruction set, for up to so many rows as the last number says.
-#[cfg(target_arch = "x86_64")]
 macro_rules! kernels {
-    ($name:ident, $simd:ty, $features:literal, $($m:literal)+) => {
+    ($name:ident, $simd:ty $(, $features:literal)?; $($m:literal)+) => {
         pub(super) mod $name {
             use super::*;
 
-            pub(in crate::int8) fn kernels<F: Format<B, N>, const B: usize, const N: usize>() -> Wide {
+            pub(in crate::int8) fn wide<F: Format<B, N>, const B: usize, const N: usize>() -> Wide {
                 Wide {
+                    split: if <$simd>::UNPACKED == 1 { Split::Bytes } else { Split::Words },
                     unpack: unpack::<F, B, N>,
                     multiply: match (F::GROUP, F::MIN) {
                         (BLOCK, false) => &[$(multiply::<1, false, $m>),+],
@@ -95,7 +75,7 @@ macro_rules! kernels {
                 }
             }
 
-            #[target_feature(enable = $features)]
+            $(#[target_feature(enable = $features)])?
             unsafe fn unpack<F: Format<B, N>, const B: usize, const N: usize>(
                 tile: *const u8,
                 blocks: usize,
@@ -105,7 +85,7 @@ macro_rules! kernels {
                 unsafe { super::unpack::<$simd, F, B, N>(tile, blocks, to) }
             }
 
-            #[target_feature(enable = $features)]
+            $(#[target_feature(enable = $features)])?
             unsafe fn multiply<const GROUPS: usize, const MIN: bool, const M: usize>(
                 tile: &Unpacked,
                 factors: *const f32,
@@ -124,9 +104,16 @@ macro_rules! kernels {
 }
 
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512, crate::int8::simd::Avx512, "avx512f,avx512bw,avx512vnni", 1 2 3 4 5 6 7 8 9 10 11 12);
+kernels!(avx512, crate::int8::simd::Avx512, "avx512f,avx512bw,avx512vnni"; 1 2 3 4 5 6 7 8 9 10 11 12);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2, crate::int8::simd::Avx2, "avx2,fma,f16c", 1 2 3 4);
+kernels!(avx2, crate::int8::simd::Avx2, "avx2,fma,f16c"; 1 2 3 4);
+#[cfg(target_arch = "aarch64")]
+kernels!(dot_prod, crate::int8::simd::DotProd, "neon,dotprod"; 1 2 3);
+#[cfg(target_arch = "aarch64")]
+kernels!(neon, crate::int8::simd::Neon, "neon"; 1 2 3 4);
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+kernels!(simd128, crate::int8::simd::Simd128, "simd128"; 1 2 3);
+kernels!(scalar, crate::int8::simd::Scalar; 1 2);
 
 /// # Safety
 /// See [`Unpack`].
@@ -141,7 +128,7 @@ unsafe fn unpack<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
     let scale_bytes = 2 * TILE * groups;
     let block_bytes = code_bytes + scale_bytes * if F::MIN { 2 } else { 1 };
     let make_room = |lines: &mut Vec<Line>, len| lines.resize(len, Line([0; 64]));
-    make_room(&mut to.words, blocks * BLOCK / 2);
+    make_room(&mut to.codes, blocks * BLOCK / 4 * S::UNPACKED);
     make_room(&mut to.scales, blocks * groups);
     make_room(&mut to.mins, if F::MIN { blocks * groups } else { 0 });
     // SAFETY: the caller's; there is room for all blocks.
@@ -150,19 +137,16 @@ unsafe fn unpack<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
             Some(table) => (S::table(&table.map(|value| (value as u8) ^ 0x80)), 128),
             None => (S::splat(0), F::OFFSET),
         };
-        let offset = S::splat(offset << 16 | offset);
         for block in 0..blocks {
             let at = tile.add(block * block_bytes);
-            let words = to.words.as_mut_ptr().add(block * BLOCK / 2);
+            let codes = to.codes.as_mut_ptr().add(block * BLOCK / 4 * S::UNPACKED);
             macro_rules! steps {
                 ($($step:literal)*) => {$(
                     let mut w = step::<S, $step>(at, F::BITS);
                     if F::TABLE.is_some() {
                         w = S::look_up(table, w);
                     }
-                    let (even, odd) = S::widen(w);
-                    S::store_int(S::sub_words(even, offset), words.add(2 * $step).cast());
-                    S::store_int(S::sub_words(odd, offset), words.add(2 * $step + 1).cast());
+                    S::unpack(w, offset, codes.add($step * S::UNPACKED).cast());
                 )*};
             }
             steps!(0 1 2 3 4 5 6 7);
@@ -192,24 +176,24 @@ unsafe fn multiply<S: Simd, const GROUPS: usize, const MIN: bool, const M: usize
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut words = tile.words.as_ptr().cast::<u8>();
+        let mut w = tile.codes.as_ptr();
         let (mut scales, mut mins) = (tile.scales.as_ptr().cast(), tile.mins.as_ptr().cast());
         let mut codes = batch.codes.as_ptr();
         let (mut x_scales, mut x_sums) = (batch.scales.as_ptr(), batch.sums.as_ptr());
         let mut total = [S::zero(); M];
-        for _ in 0..tile.words.len() / (BLOCK / 2) {
+        for _ in 0..tile.codes.len() / (BLOCK / 4 * S::UNPACKED) {
             for group in 0..GROUPS {
-                let mut sums = [S::splat(0); M];
-                for _ in 0..BLOCK / 2 / GROUPS {
-                    S::dot_words(&mut sums, S::load(words), codes);
-                    words = words.add(4 * TILE);
-                    codes = codes.add(2 * M);
+                let (mut high, mut low) = ([S::splat(0); M], [S::splat(0); M]);
+                for _ in 0..BLOCK / 4 / GROUPS {
+                    S::dots_unpacked(&mut high, &mut low, w.cast(), codes);
+                    w = w.add(S::UNPACKED);
+                    codes = codes.add(8 * M);
                 }
                 let scale = S::load_float(scales);
                 scales = scales.add(TILE);
                 for m in 0..M {
                     // The scale of the weights is the same for all rows; that of the activation, for all lanes.
-                    let scaled = S::mul(S::to_float(sums[m]), scale);
+                    let scaled = S::mul(S::to_float(S::join_sums(high[m], low[m])), scale);
                     total[m] = S::scale_add(scaled, *x_scales.add(m), total[m]);
                 }
                 if MIN {
