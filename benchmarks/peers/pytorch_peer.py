@@ -1,4 +1,4 @@
-"""PyTorch with Transformers, the weights dequantized to f32 by Transformers' own GGUF loading."""
+"""PyTorch with Transformers: a GGUF's weights dequantized to f32 by Transformers' own loading, an encoder as it is."""
 
 import os
 
@@ -8,7 +8,7 @@ import transformers
 import tasks
 
 
-class Engine:
+class Decoder:
     def __init__(self, path, threads, context):
         torch.set_num_threads(threads)
         transformers.utils.logging.set_verbosity_error()
@@ -32,5 +32,20 @@ class Engine:
     decode = _run
 
 
+class Encoder:
+    """Up to the mean over each sequence, none of which is padded."""
+
+    def __init__(self, path, threads, context):
+        torch.set_num_threads(threads)
+        transformers.utils.logging.set_verbosity_error()
+        self.model = transformers.AutoModel.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="sdpa").eval()
+        self.vocab = self.model.config.vocab_size
+
+    @torch.inference_mode()
+    def encode(self, prompts):
+        return self.model(torch.tensor(prompts)).last_hidden_state.mean(1).numpy()
+
+
 if __name__ == "__main__":
-    tasks.main(Engine)
+    tasks.main(lambda path, *rest: (Encoder if os.path.isdir(path) else Decoder)(path, *rest))
