@@ -22,6 +22,14 @@ pub enum Error {
         /// `pad_token`, `bos_token`, …
         role: &'static str,
     },
+    /// The model does not translate from or into a language.
+    #[error("the tokenizer has no language {lang:?}; it has: {known}")]
+    NoLanguage {
+        /// The code that was asked for.
+        lang: String,
+        /// The codes that there are.
+        known: String,
+    },
     /// A text cannot be encoded, or ids cannot be decoded.
     #[error("the tokenizer cannot do this text: {0}")]
     Tokenize(String),

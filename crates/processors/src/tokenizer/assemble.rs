@@ -2,12 +2,10 @@
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokenizers::{
-    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-    Tokenizer,
-};
+use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
 
 use super::check;
+use super::model::{Model, Pipeline};
 use crate::{Error, Result};
 
 /// A part from its description in the words of `tokenizer.json`.
@@ -18,14 +16,14 @@ fn part<T: DeserializeOwned>(file: &str, description: Value) -> Result<T> {
 /// Describes a tokenizer piece by piece; `file` is for messages.
 pub(super) struct Assembly<'a> {
     file: &'a str,
-    tokenizer: Tokenizer,
+    tokenizer: Pipeline,
 }
 
 impl<'a> Assembly<'a> {
-    pub fn new(file: &'a str, model: impl Into<ModelWrapper>) -> Self {
+    pub fn new(file: &'a str, model: impl Into<Model>) -> Self {
         Self {
             file,
-            tokenizer: Tokenizer::new(model),
+            tokenizer: Pipeline::new(model.into()),
         }
     }
 
@@ -57,6 +55,16 @@ impl<'a> Assembly<'a> {
             .decoder(json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}))
     }
 
+    /// GPT-2's words in the byte alphabet, one more space before each stretch of text if `prefix`.
+    pub fn byte_level_words(self, prefix: bool) -> Result<Self> {
+        self.pre_tokenizer(
+            json!({"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": true}),
+        )?
+        .decoder(
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+        )
+    }
+
     /// `▁` for spaces; byte tokens back to bytes; `strip` takes out the space that encoding put first.
     pub fn sentencepiece_decoder(self, strip: bool) -> Result<Self> {
         let mut steps = vec![
@@ -80,13 +88,13 @@ impl<'a> Assembly<'a> {
         Ok(self)
     }
 
-    pub fn finish(self) -> Tokenizer {
+    pub fn finish(self) -> Pipeline {
         self.tokenizer
     }
 }
 
 /// Adds tokens, in order.
-pub(super) fn add(tokenizer: &mut Tokenizer, file: &str, tokens: Vec<AddedToken>) -> Result<()> {
+pub(super) fn add(tokenizer: &mut Pipeline, file: &str, tokens: Vec<AddedToken>) -> Result<()> {
     check::guard(file, || tokenizer.add_tokens(tokens)).map(|_| ())
 }
 
@@ -95,57 +103,103 @@ pub(super) fn split(pattern: &str) -> Value {
     json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
 }
 
+/// What stands at a place around texts, and its type.
+pub(super) type Slot<'a> = (Place<'a>, u32);
+
+/// What stands at a place around texts.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place<'a> {
+    First,
+    Second,
+    Token(&'a str),
+}
+
 /// Puts tokens before and after every text: `[BOS] A [EOS]`, and for pairs `[BOS] A [EOS] [BOS] B [EOS]`.
 pub(super) fn surround(
-    tokenizer: &mut Tokenizer,
+    tokenizer: &mut Pipeline,
     file: &str,
     before: Option<&str>,
     after: Option<&str>,
 ) -> Result<()> {
-    template(tokenizer, file, (before, after), (before, after))
+    let around = |text: Place<'static>, type_id: u32| -> Vec<Slot<'_>> {
+        let before = before.map(|token| (Place::Token(token), type_id));
+        let after = after.map(|token| (Place::Token(token), type_id));
+        before.into_iter().chain([(text, type_id)]).chain(after).collect()
+    };
+    let single = around(Place::First, 0);
+    let pair = [single.clone(), around(Place::Second, 1)].concat();
+    let processor = template(file, &single, &pair, |token| tokenizer.token_to_id(token))?;
+    tokenizer.with_post_processor(Some(processor));
+    Ok(())
 }
 
 /// As BERT has it: `[CLS] A [SEP]`, `[CLS] A [SEP] B [SEP]`.
-pub(super) fn surround_as_bert(tokenizer: &mut Tokenizer, file: &str, cls: &str, sep: &str) -> Result<()> {
-    template(tokenizer, file, (Some(cls), Some(sep)), (None, Some(sep)))
-}
-
-fn template(
-    tokenizer: &mut Tokenizer,
-    file: &str,
-    first: (Option<&str>, Option<&str>),
-    second: (Option<&str>, Option<&str>),
-) -> Result<()> {
-    let sequence = |(before, after): (Option<&str>, Option<&str>), id: &str, type_id: u32| {
-        let special = |token: &str| json!({"SpecialToken": {"id": token, "type_id": type_id}});
-        before
-            .map(special)
-            .into_iter()
-            .chain([json!({"Sequence": {"id": id, "type_id": type_id}})])
-            .chain(after.map(special))
-            .collect::<Vec<_>>()
-    };
-    let single = sequence(first, "A", 0);
-    let pair: Vec<_> = single.iter().cloned().chain(sequence(second, "B", 1)).collect();
-    let mut tokens = serde_json::Map::new();
-    for token in [first.0, first.1, second.0, second.1].into_iter().flatten() {
-        let id = tokenizer.token_to_id(token).ok_or_else(|| {
-            Error::format(
-                file,
-                format!("the special token {token:?} is not in the vocabulary"),
-            )
-        })?;
-        tokens.insert(
-            token.to_owned(),
-            json!({"id": token, "ids": [id], "tokens": [token]}),
-        );
-    }
-    let processor: PostProcessorWrapper = part(
-        file,
-        json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}),
-    )?;
+pub(super) fn surround_as_bert(tokenizer: &mut Pipeline, file: &str, cls: &str, sep: &str) -> Result<()> {
+    use Place::{First, Second, Token};
+    let single = [(Token(cls), 0), (First, 0), (Token(sep), 0)];
+    let pair = [&single[..], &[(Second, 1), (Token(sep), 1)]].concat();
+    let processor = template(file, &single, &pair, |token| tokenizer.token_to_id(token))?;
     tokenizer.with_post_processor(Some(processor));
     Ok(())
+}
+
+/// What puts special tokens around one text and around two.
+pub(super) fn template(
+    file: &str,
+    single: &[Slot<'_>],
+    pair: &[Slot<'_>],
+    id: impl Fn(&str) -> Option<u32>,
+) -> Result<PostProcessorWrapper> {
+    let describe = |slots: &[Slot<'_>]| -> Vec<Value> {
+        slots
+            .iter()
+            .map(|(place, type_id)| match place {
+                Place::First => json!({"Sequence": {"id": "A", "type_id": type_id}}),
+                Place::Second => json!({"Sequence": {"id": "B", "type_id": type_id}}),
+                Place::Token(token) => json!({"SpecialToken": {"id": token, "type_id": type_id}}),
+            })
+            .collect()
+    };
+    let mut tokens = serde_json::Map::new();
+    for (place, _) in single.iter().chain(pair) {
+        if let Place::Token(token) = place {
+            let id = id(token).ok_or_else(|| missing(file, token))?;
+            tokens.insert(
+                (*token).to_owned(),
+                json!({"id": token, "ids": [id], "tokens": [token]}),
+            );
+        }
+    }
+    part(
+        file,
+        json!({"type": "TemplateProcessing", "single": describe(single), "pair": describe(pair), "special_tokens": tokens}),
+    )
+}
+
+/// As RoBERTa has it: `<s> A </s>`, `<s> A </s></s> B </s>`, all of one type. If `trim`, the space that a piece
+/// begins with is not a part of what it stands for.
+pub(super) fn surround_as_roberta(
+    tokenizer: &mut Pipeline,
+    file: &str,
+    (cls, sep): (&str, &str),
+    trim: bool,
+    prefix: bool,
+) -> Result<()> {
+    let id = |token: &str| tokenizer.token_to_id(token).ok_or_else(|| missing(file, token));
+    let description = json!({
+        "type": "RobertaProcessing", "cls": [cls, id(cls)?], "sep": [sep, id(sep)?],
+        "trim_offsets": trim, "add_prefix_space": prefix,
+    });
+    let processor: PostProcessorWrapper = part(file, description)?;
+    tokenizer.with_post_processor(Some(processor));
+    Ok(())
+}
+
+fn missing(file: &str, token: &str) -> Error {
+    Error::format(
+        file,
+        format!("the special token {token:?} is not in the vocabulary"),
+    )
 }
 
 /// Merges that a vocabulary with priorities implies: each way to put a token together out of two others, the

@@ -1,12 +1,15 @@
 //! `tokenizer_config.json` and `special_tokens_map.json`: what a model says beside its tokenizer.
 
-use indexmap::IndexMap;
+use std::collections::{HashMap, HashSet};
+
+use indexmap::{IndexMap, IndexSet};
 use oxiformers_hub::ModelFiles;
 use serde_json::{Map, Value};
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::AddedToken;
 
 use super::assemble;
 use super::family::{self, Family};
+use super::model::Pipeline;
 use crate::Result;
 
 /// An end of a sequence, where it is filled or cut.
@@ -47,6 +50,10 @@ pub struct TokenizerConfig {
     pub tokenizer_class: Option<String>,
     /// The kind of tokenizer that the class is.
     pub(super) family: Family,
+    /// Special tokens that a file describes as objects, by text.
+    described: HashMap<String, AddedToken>,
+    /// All of `tokenizer_config.json`, for settings of one kind of tokenizer alone.
+    settings: Map<String, Value>,
     /// Tokens that the configuration adds, by id.
     added: Vec<(u32, AddedToken)>,
 }
@@ -102,8 +109,12 @@ impl TokenizerConfig {
             ..Self::default()
         };
         for role in ROLES {
-            if let Some(token) = json.get(role).or_else(|| map.get(role)).and_then(content) {
+            let given = json.get(role).or_else(|| map.get(role));
+            if let Some(token) = given.and_then(content) {
                 config.special_tokens.insert(role.to_owned(), token);
+            }
+            if let Some(token) = given.filter(|token| token.is_object()).and_then(added_token) {
+                config.described.insert(token.content.clone(), token);
             }
         }
         let extra = ["extra_special_tokens", "additional_special_tokens"]
@@ -137,13 +148,47 @@ impl TokenizerConfig {
                 .filter_map(|(id, token)| Some((id.parse().ok()?, added_token(token)?)))
                 .collect();
             config.added.sort_by_key(|(id, _)| *id);
+        } else if let Some(added) = files.json::<HashMap<String, u32>>("added_tokens.json")? {
+            // How it was written before.
+            let plain = |token: String| AddedToken::from(token, false).normalized(false);
+            config.added = added.into_iter().map(|(token, id)| (id, plain(token))).collect();
+            config.added.sort_by_key(|(id, _)| *id);
         }
+        config.settings = json;
         Ok(config)
     }
 
     /// Tokens that the configuration adds, by id.
     pub(super) fn added(&self) -> &[(u32, AddedToken)] {
         &self.added
+    }
+
+    /// A setting of one kind of tokenizer alone.
+    pub(super) fn setting(&self, name: &str) -> Option<&Value> {
+        self.settings.get(name)
+    }
+
+    /// Such a setting that is true or false.
+    pub(super) fn flag(&self, name: &str) -> Option<bool> {
+        self.setting(name)?.as_bool()
+    }
+
+    /// Sets roles that no file names to what models of this kind have, if `known` knows the token.
+    pub(super) fn default_tokens(&mut self, known: impl Fn(&str) -> bool) {
+        for (role, token) in self.family.special_tokens() {
+            // A role that is null has no token.
+            if !self.settings.contains_key(*role) && known(token) {
+                self.default_token(role, *token);
+            }
+        }
+        let rank = |role: &str| {
+            ROLES
+                .iter()
+                .position(|other| *other == role)
+                .unwrap_or(ROLES.len())
+        };
+        self.special_tokens
+            .sort_by(|one, _, other, _| rank(one).cmp(&rank(other)));
     }
 
     /// Sets a role that no file names.
@@ -153,39 +198,66 @@ impl TokenizerConfig {
             .or_insert_with(|| token.into());
     }
 
-    /// Adds the tokens that the configuration names and the tokenizer lacks, and what it puts around texts.
-    pub(super) fn apply(&mut self, tokenizer: &mut Tokenizer, file: &str) -> Result<()> {
-        let known: std::collections::HashSet<String> = tokenizer
+    /// Adds the tokens that the configuration names and the tokenizer lacks.
+    pub(super) fn add_tokens(&self, tokenizer: &mut Pipeline, file: &str) -> Result<()> {
+        let special: IndexSet<&String> = self
+            .special_tokens
+            .values()
+            .chain(&self.extra_special_tokens)
+            .collect();
+        let mut known: HashSet<String> = tokenizer
             .get_added_vocabulary()
             .get_added_tokens_decoder()
             .values()
             .map(|token| token.content.clone())
             .collect();
-        let mut missing: Vec<AddedToken> = self
-            .added
-            .iter()
-            .filter(|(_, token)| !known.contains(&token.content))
-            .map(|(_, token)| token.clone())
-            .collect();
-        for token in self.special_tokens.values().chain(&self.extra_special_tokens) {
-            if !known.contains(token) && !missing.iter().any(|other| other.content == *token) {
-                missing.push(AddedToken::from(token.clone(), true).normalized(false));
+        let mut missing = Vec::new();
+        for (_, token) in &self.added {
+            if known.insert(token.content.clone()) {
+                let mut token = token.clone();
+                token.special |= special.contains(&token.content);
+                missing.push(token);
             }
         }
-        if !missing.is_empty() {
-            assemble::add(tokenizer, file, missing)?;
-        }
-        if self.add_bos_token.is_some() || self.add_eos_token.is_some() {
-            let wanted = |flag: Option<bool>, role: &str| {
-                flag.unwrap_or(false)
-                    .then(|| self.special_tokens.get(role).map(String::as_str))
-                    .flatten()
+        let mask = self.special_tokens.get("mask_token");
+        for token in special {
+            if !known.insert(token.clone()) {
+                continue;
+            }
+            let takes_spaces = mask == Some(token) && self.family.mask_takes_spaces();
+            let both_sides = match self.family {
+                Family::ByT5 => self.special_tokens.values().any(|other| other == token),
+                Family::T5 => self.flag("legacy") == Some(false) && token.starts_with("<extra_id_"),
+                _ => false,
             };
-            let bos = wanted(self.add_bos_token, "bos_token");
-            let eos = wanted(self.add_eos_token, "eos_token");
-            assemble::surround(tokenizer, file, bos, eos)?;
+            let mut added = self.described.get(token).cloned().unwrap_or_else(|| {
+                AddedToken::from(token.clone(), true)
+                    .normalized(false)
+                    .lstrip(takes_spaces || both_sides)
+                    .rstrip(both_sides)
+            });
+            added.special = true;
+            missing.push(added);
         }
-        Ok(())
+        match missing.is_empty() {
+            true => Ok(()),
+            false => assemble::add(tokenizer, file, missing),
+        }
+    }
+
+    /// Puts BOS and EOS around texts if a setting says whether to.
+    pub(super) fn surround(&self, tokenizer: &mut Pipeline, file: &str) -> Result<()> {
+        if self.add_bos_token.is_none() && self.add_eos_token.is_none() {
+            return Ok(());
+        }
+        let wanted = |flag: Option<bool>, role: &str| {
+            flag.unwrap_or(false)
+                .then(|| self.special_tokens.get(role).map(String::as_str))
+                .flatten()
+        };
+        let bos = wanted(self.add_bos_token, "bos_token");
+        let eos = wanted(self.add_eos_token, "eos_token");
+        assemble::surround(tokenizer, file, bos, eos)
     }
 }
 

@@ -147,15 +147,19 @@ impl Tokenizer {
                 window.set_type_ids(vec![1; window.len()]);
             }
         }
-        match self.around.as_ref() {
-            Some(processor) => processor.process(first, second, add_special_tokens),
-            None => <dyn PostProcessor>::default_process(
-                std::iter::once(first).chain(second).collect(),
-                add_special_tokens,
-            )
-            .map(|encodings| tokenizers::Encoding::merge(encodings, false)),
+        if let Some(processor) = self.around.as_ref() {
+            return processor
+                .process(first, second, add_special_tokens)
+                .map_err(Error::tokenize);
         }
-        .map_err(Error::tokenize)
+        let mut encodings: Vec<_> = std::iter::once(first).chain(second).collect();
+        for (sequence, encoding) in encodings.iter_mut().enumerate() {
+            encoding.set_sequence_id(sequence);
+            for window in encoding.get_overflowing_mut() {
+                window.set_sequence_id(sequence);
+            }
+        }
+        Ok(tokenizers::Encoding::merge(encodings, false))
     }
 }
 

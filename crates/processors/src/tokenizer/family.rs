@@ -155,6 +155,146 @@ fn by_model_type(model_type: &str) -> Family {
 }
 
 impl Family {
+    /// Special tokens by role, unless the files say so.
+    pub fn special_tokens(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Bert | Self::DistilBert | Self::Tapas => &[
+                ("unk_token", "[UNK]"),
+                ("sep_token", "[SEP]"),
+                ("pad_token", "[PAD]"),
+                ("cls_token", "[CLS]"),
+                ("mask_token", "[MASK]"),
+            ],
+            Self::Deberta | Self::DebertaV2 => &[
+                ("bos_token", "[CLS]"),
+                ("eos_token", "[SEP]"),
+                ("unk_token", "[UNK]"),
+                ("sep_token", "[SEP]"),
+                ("pad_token", "[PAD]"),
+                ("cls_token", "[CLS]"),
+                ("mask_token", "[MASK]"),
+            ],
+            Self::Albert | Self::FNet | Self::RemBert => &[
+                ("bos_token", "[CLS]"),
+                ("eos_token", "[SEP]"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "[SEP]"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "[CLS]"),
+                ("mask_token", "[MASK]"),
+            ],
+            Self::BigBird => &[
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "[SEP]"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "[CLS]"),
+                ("mask_token", "[MASK]"),
+            ],
+            Self::Barthez
+            | Self::Blenderbot
+            | Self::Camembert
+            | Self::MBart
+            | Self::Nllb
+            | Self::PLBart
+            | Self::Roberta
+            | Self::XlmRoberta => &[
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "</s>"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "<s>"),
+                ("mask_token", "<mask>"),
+            ],
+            Self::MBart50 => &[
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "</s>"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "<s>"),
+                ("mask_token", "<mask>"),
+            ],
+            Self::MPNet => &[
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("unk_token", "[UNK]"),
+                ("sep_token", "</s>"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "<s>"),
+                ("mask_token", "<mask>"),
+            ],
+            Self::Funnel => &[
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "<sep>"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "<cls>"),
+                ("mask_token", "<mask>"),
+            ],
+            Self::XLNet => &[
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "<sep>"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "<cls>"),
+                ("mask_token", "<mask>"),
+            ],
+            Self::M2M100 => &[
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "</s>"),
+                ("pad_token", "<pad>"),
+            ],
+            Self::XGlm => &[
+                ("bos_token", "<s>"),
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("sep_token", "</s>"),
+                ("pad_token", "<pad>"),
+                ("cls_token", "<s>"),
+            ],
+            Self::Pegasus => &[
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("pad_token", "<pad>"),
+                ("mask_token", "<mask_2>"),
+            ],
+            Self::ByT5 | Self::Marian | Self::T5 => &[
+                ("eos_token", "</s>"),
+                ("unk_token", "<unk>"),
+                ("pad_token", "<pad>"),
+            ],
+            Self::Gpt2 => &[
+                ("bos_token", "<|endoftext|>"),
+                ("eos_token", "<|endoftext|>"),
+                ("unk_token", "<|endoftext|>"),
+            ],
+            // Code points without a character of their own.
+            Self::Canine => &[
+                ("bos_token", "\u{e000}"),
+                ("eos_token", "\u{e001}"),
+                ("sep_token", "\u{e001}"),
+                ("pad_token", "\0"),
+                ("cls_token", "\u{e000}"),
+                ("mask_token", "\u{e003}"),
+            ],
+            Self::Llama | Self::Other => &[],
+        }
+    }
+
+    /// Whether the mask takes the spaces before it, unless the files say so.
+    pub fn mask_takes_spaces(self) -> bool {
+        !matches!(
+            self,
+            Self::Bert | Self::DebertaV2 | Self::DistilBert | Self::Funnel | Self::Pegasus | Self::Tapas
+        )
+    }
+
     /// What the model takes, unless `tokenizer_config.json` says so.
     pub fn model_input_names(self) -> &'static [&'static str] {
         match self {

@@ -4,12 +4,12 @@ use ahash::AHashMap;
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::gguf::Metadata;
 use serde_json::{Value, json};
-use tokenizers::Tokenizer;
 use tokenizers::models::unigram::Unigram;
 
 use super::assemble::{self, Assembly, merges_by_score};
 use super::config::TokenizerConfig;
 use super::legacy::{BertOptions, bpe, wordpiece};
+use super::model::Pipeline;
 use super::{check, pre_tokenizers};
 use crate::{Error, Result};
 
@@ -30,7 +30,7 @@ struct Vocabulary<'a> {
 }
 
 /// The tokenizer of a GGUF, if that is what the model is and it has one.
-pub(super) fn tokenizer(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Tokenizer>> {
+pub(super) fn tokenizer(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Pipeline>> {
     let Some((file, fields)) = files.gguf().zip(files.gguf_metadata()?) else {
         return Ok(None);
     };
@@ -153,7 +153,7 @@ impl Vocabulary<'_> {
             .collect()
     }
 
-    fn build(&self, model: &str, config: &mut TokenizerConfig) -> Result<Tokenizer> {
+    fn build(&self, model: &str, config: &mut TokenizerConfig) -> Result<Pipeline> {
         let (mut tokenizer, add_bos, add_eos) = match model {
             "gpt2" | "gemma4" => self.byte_pair(model)?,
             "llama" => self.sentencepiece_bpe()?,
@@ -239,7 +239,7 @@ impl Vocabulary<'_> {
     }
 
     /// BPE with merges; also whether BOS and EOS are added by default.
-    fn byte_pair(&self, model: &str) -> Result<(Tokenizer, bool, bool)> {
+    fn byte_pair(&self, model: &str) -> Result<(Pipeline, bool, bool)> {
         let name = match model {
             "gemma4" => "gemma4",
             _ => self.fields.get_str("tokenizer.ggml.pre").unwrap_or("default"),
@@ -277,7 +277,7 @@ impl Vocabulary<'_> {
 
     /// SentencePiece's BPE: the pair whose token has the highest score is merged first; what is left over goes
     /// byte by byte.
-    fn sentencepiece_bpe(&self) -> Result<(Tokenizer, bool, bool)> {
+    fn sentencepiece_bpe(&self) -> Result<(Pipeline, bool, bool)> {
         let vocab = self.vocab()?;
         let scores = self.scores.iter().copied().chain(std::iter::repeat(0.0));
         // Special tokens are not put together out of others.
@@ -310,7 +310,7 @@ impl Vocabulary<'_> {
         Ok((tokenizer, true, false))
     }
 
-    fn unigram(&self) -> Result<(Tokenizer, bool, bool)> {
+    fn unigram(&self) -> Result<(Pipeline, bool, bool)> {
         if self.scores.is_empty() {
             return Err(Error::format(self.file, "tokenizer.ggml.scores is missing"));
         }
@@ -336,6 +336,7 @@ impl Vocabulary<'_> {
             charsmap: charsmap.as_deref().unwrap_or_default(),
             remove_extra_whitespaces: self.flag("remove_extra_whitespaces").unwrap_or(false),
             add_dummy_prefix: self.flag("add_space_prefix").unwrap_or(false),
+            ..super::sentencepiece::Normalization::default()
         };
         let tokenizer = options
             .apply(self.file, Assembly::new(self.file, model))?
@@ -345,7 +346,7 @@ impl Vocabulary<'_> {
     }
 
     /// WordPiece. The format marks the beginnings of words with `▁` where BERT marks the other pieces with `##`.
-    fn bert(&self, config: &mut TokenizerConfig) -> Result<Tokenizer> {
+    fn bert(&self, config: &mut TokenizerConfig) -> Result<Pipeline> {
         let tokens = self.tokens.iter().map(|token| match token.strip_prefix('▁') {
             Some(word) => word.to_owned(),
             None if token.starts_with('[') && token.ends_with(']') => token.clone(),
@@ -360,7 +361,12 @@ impl Vocabulary<'_> {
             strip_accents: self.fields.get_bool("tokenizer.ggml.normalizer.strip_accents"),
             chinese: true,
         };
-        wordpiece(self.file, tokens, &options, config)
+        let mut tokenizer = wordpiece(self.file, tokens, &options, config)?;
+        let role = |name: &str| config.special_tokens.get(name);
+        if let (Some(cls), Some(sep)) = (role("cls_token"), role("sep_token")) {
+            assemble::surround_as_bert(&mut tokenizer, self.file, cls, sep)?;
+        }
+        Ok(tokenizer)
     }
 }
 

@@ -1,22 +1,20 @@
-//! The oldest formats: `vocab.json` with `merges.txt` (GPT-2), and `vocab.txt` (BERT).
+//! The oldest formats: `vocab.json` with `merges.txt` (GPT-2, RoBERTa, …), and `vocab.txt` (BERT, MPNet, …).
 
 use ahash::AHashMap;
 use oxiformers_hub::ModelFiles;
-use serde_json::{Value, json};
-use tokenizers::Tokenizer;
+use serde_json::json;
 use tokenizers::models::bpe::BPE;
 use tokenizers::models::wordpiece::WordPiece;
 
-use super::assemble::{self, Assembly};
+use super::assemble::Assembly;
 use super::check;
 use super::config::TokenizerConfig;
+use super::family::Family;
+use super::model::Pipeline;
 use crate::{Error, Result};
 
 /// Byte-level BPE as GPT-2 has it.
-pub(super) fn vocab_and_merges(
-    files: &ModelFiles,
-    config: &mut TokenizerConfig,
-) -> Result<Option<Tokenizer>> {
+pub(super) fn vocab_and_merges(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Pipeline>> {
     let Some(vocab) = files.json::<std::collections::HashMap<String, u32>>("vocab.json")? else {
         return Ok(None);
     };
@@ -43,9 +41,16 @@ pub(super) fn vocab_and_merges(
         },
     )?;
     let tokenizer = Assembly::new("vocab.json", model)
-        .byte_level(&[r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"])?
+        .byte_level_words(prefix_space(config))?
         .finish();
     Ok(Some(tokenizer))
+}
+
+/// Whether a text begins with a space, so that its first word is spelled like the others.
+pub(super) fn prefix_space(config: &TokenizerConfig) -> bool {
+    config
+        .flag("add_prefix_space")
+        .unwrap_or(config.family == Family::Blenderbot)
 }
 
 /// A BPE model whose merges were looked at first.
@@ -68,18 +73,22 @@ pub(super) fn bpe(
 }
 
 /// WordPiece as BERT has it.
-pub(super) fn vocab_txt(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Tokenizer>> {
+pub(super) fn vocab_txt(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Pipeline>> {
     let Some(text) = files.text("vocab.txt")? else {
         return Ok(None);
     };
-    let tokens = text.lines().map(|line| line.trim_end().to_owned());
-    // Settings of BERT's tokenizer that the configuration file also carries.
-    let json: Value = files.json("tokenizer_config.json")?.unwrap_or_default();
-    let flag = |name: &str| json.get(name).and_then(Value::as_bool);
+    if config.family == Family::Other {
+        config.family = Family::Bert;
+        config.default_tokens(|_| true);
+    }
+    if config.family == Family::Tapas {
+        config.extra_special_tokens.push("[EMPTY]".to_owned());
+    }
+    let tokens = text.lines().map(str::to_owned);
     let options = BertOptions {
-        lowercase: flag("do_lower_case").unwrap_or(true),
-        strip_accents: flag("strip_accents"),
-        chinese: flag("tokenize_chinese_chars").unwrap_or(true),
+        lowercase: config.flag("do_lower_case").unwrap_or(true),
+        strip_accents: config.flag("strip_accents"),
+        chinese: config.flag("tokenize_chinese_chars").unwrap_or(true),
     };
     wordpiece("vocab.txt", tokens, &options, config).map(Some)
 }
@@ -100,7 +109,7 @@ pub(super) fn wordpiece(
     tokens: impl Iterator<Item = String>,
     options: &BertOptions,
     config: &mut TokenizerConfig,
-) -> Result<Tokenizer> {
+) -> Result<Pipeline> {
     let vocab: AHashMap<String, u32> = tokens.zip(0..).collect();
     for (role, token) in [
         ("unk_token", "[UNK]"),
@@ -113,8 +122,10 @@ pub(super) fn wordpiece(
             config.default_token(role, token);
         }
     }
-    let token = |role: &str| config.special_tokens.get(role).cloned();
-    let unknown = token("unk_token")
+    let unknown = config
+        .special_tokens
+        .get("unk_token")
+        .cloned()
         .filter(|token| vocab.contains_key(token))
         .ok_or_else(|| {
             Error::format(
@@ -125,12 +136,7 @@ pub(super) fn wordpiece(
     let model = check::guard(file, || {
         WordPiece::builder().vocab(vocab).unk_token(unknown).build()
     })?;
-    let special = config
-        .special_tokens
-        .values()
-        .map(|token| (token.clone(), true))
-        .collect::<Vec<_>>();
-    let mut tokenizer = Assembly::new(file, model)
+    Ok(Assembly::new(file, model)
         .normalizer(json!({
             "type": "BertNormalizer",
             "clean_text": true,
@@ -140,10 +146,5 @@ pub(super) fn wordpiece(
         }))?
         .pre_tokenizer(json!({"type": "BertPreTokenizer"}))?
         .decoder(json!({"type": "WordPiece", "prefix": "##", "cleanup": true}))?
-        .added(special)?
-        .finish();
-    if let (Some(cls), Some(sep)) = (token("cls_token"), token("sep_token")) {
-        assemble::surround_as_bert(&mut tokenizer, file, &cls, &sep)?;
-    }
-    Ok(tokenizer)
+        .finish())
 }

@@ -3,22 +3,27 @@
 //! [`Tokenizer::from_files`] takes what a model brings, in this order: `tokenizer.json`, the tokenizer inside a
 //! GGUF, a SentencePiece model, a tiktoken vocabulary (`*.tiktoken`, `tekken.json`), `vocab.json` with
 //! `merges.txt`, `vocab.txt`. A `tokenizer.json` is taken as it is, whatever class the model's configuration
-//! names; the other formats are turned into the same pipeline of small parts.
+//! names; the other formats are turned into the same pipeline of small parts, with what the class has beside
+//! them (ByT5 and CANINE need no vocabulary at all).
 //!
 //! Texts are `&str`. Bytes that are not UTF-8 are replaced by U+FFFD before encoding
 //! ([`Tokenizer::encode_bytes`]), and byte tokens that do not form UTF-8 decode to U+FFFD: Python's
 //! `errors="replace"` both ways.
 
+mod around;
 mod assemble;
 mod bytes;
+mod characters;
 mod check;
 mod config;
 mod encode;
 mod encoding;
 mod family;
 mod gguf;
+mod languages;
 mod legacy;
 mod load;
+mod model;
 mod pre_tokenizers;
 mod sentencepiece;
 mod stream;
@@ -35,6 +40,8 @@ pub use encoding::{
     BatchEncoding, EncodeOptions, Encoding, Padding, Sequence, TextInput, Truncation, TruncationStrategy,
     char_range,
 };
+use family::Family;
+pub use model::{Model, NoTrainer, Numbered, Pipeline};
 pub use stream::DecodeStream;
 
 use crate::{Error, Result};
@@ -50,10 +57,12 @@ pub struct Tokenizer {
 
 struct Inner {
     /// The pipeline up to the pieces, without a post-processor.
-    backend: tokenizers::Tokenizer,
+    backend: Pipeline,
     /// The same tokenizer, blind to special tokens; made when it is first asked for.
-    plain: OnceLock<tokenizers::Tokenizer>,
+    plain: OnceLock<Pipeline>,
     config: TokenizerConfig,
+    /// The tokenizer for what the model writes, where that is another one.
+    target: Option<Tokenizer>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -67,7 +76,11 @@ impl std::fmt::Debug for Tokenizer {
 
 impl Tokenizer {
     /// A backend and what is known about its special tokens.
-    fn new(mut backend: tokenizers::Tokenizer, config: TokenizerConfig) -> Self {
+    fn new(backend: Pipeline, config: TokenizerConfig) -> Self {
+        Self::with_target(backend, config, None)
+    }
+
+    fn with_target(mut backend: Pipeline, config: TokenizerConfig, target: Option<Self>) -> Self {
         let around = backend.get_post_processor().cloned();
         backend.with_post_processor(None::<PostProcessorWrapper>);
         Self {
@@ -76,6 +89,7 @@ impl Tokenizer {
                 backend,
                 plain: OnceLock::new(),
                 config,
+                target,
             }),
         }
     }
@@ -128,6 +142,16 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenize`] when the tokenizer's decoder refuses.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        if let Some(target) = &self.inner.target {
+            return target.decode(ids, skip_special_tokens);
+        }
+        if self.drops_broken_bytes() {
+            let ids = ids
+                .iter()
+                .filter(|id| !skip_special_tokens || !self.is_special(**id));
+            let bytes: Vec<u8> = ids.filter_map(|id| self.token_bytes(*id)).flatten().collect();
+            return Ok(bytes.utf8_chunks().map(|chunk| chunk.valid()).collect());
+        }
         let text = self
             .inner
             .backend
@@ -138,13 +162,22 @@ impl Tokenizer {
 
     /// Decodes token by token, as they are generated: see [`DecodeStream`].
     pub fn decode_stream(&self, skip_special_tokens: bool) -> DecodeStream {
-        DecodeStream::new(self.clone(), skip_special_tokens)
+        let tokenizer = self.inner.target.as_ref().unwrap_or(self).clone();
+        DecodeStream::new(tokenizer, skip_special_tokens)
     }
 
     /// Spaces before punctuation are only cleaned up where that was meant: not for BPE, which keeps its spaces.
     fn cleans_up(&self) -> bool {
         self.inner.config.clean_up_tokenization_spaces
-            && !matches!(self.inner.backend.get_model(), ModelWrapper::BPE(_))
+            && !matches!(
+                self.inner.backend.get_model(),
+                Model::Library(ModelWrapper::BPE(_))
+            )
+    }
+
+    /// ByT5 leaves out bytes that do not form UTF-8.
+    fn drops_broken_bytes(&self) -> bool {
+        self.inner.config.family == Family::ByT5
     }
 
     /// The id of a token given by its text in the vocabulary.
@@ -172,7 +205,7 @@ impl Tokenizer {
         Some(
             match (self.inner.backend.get_decoder(), self.inner.backend.get_model()) {
                 (Some(DecoderWrapper::ByteLevel(_)), _) => bytes::unspell(&token),
-                (_, ModelWrapper::WordPiece(_)) => match token.strip_prefix("##") {
+                (_, Model::Library(ModelWrapper::WordPiece(_))) => match token.strip_prefix("##") {
                     Some(rest) => rest.as_bytes().to_vec(),
                     None => format!(" {token}").into_bytes(),
                 },
@@ -296,7 +329,7 @@ impl Tokenizer {
     }
 
     /// The pipeline up to the pieces; what is put around them is not a part of it.
-    pub fn backend(&self) -> &tokenizers::Tokenizer {
+    pub fn backend(&self) -> &Pipeline {
         &self.inner.backend
     }
 

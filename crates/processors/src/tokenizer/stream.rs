@@ -23,14 +23,14 @@ enum State {
     Bytes(Vec<u8>),
     /// Other decoders look at most one token back: the last token whose text is out, and the tokens since.
     Pieces { last: Option<u32>, waiting: Vec<u32> },
-    /// Spaces are cleaned up afterwards, over the whole text.
+    /// Spaces are cleaned up afterwards, or broken bytes left out, over the whole text.
     Whole(Vec<u32>),
 }
 
 impl DecodeStream {
     pub(super) fn new(tokenizer: Tokenizer, skip_special_tokens: bool) -> Self {
         let state = match tokenizer.backend().get_decoder() {
-            _ if tokenizer.cleans_up() => State::Whole(Vec::new()),
+            _ if tokenizer.cleans_up() || tokenizer.drops_broken_bytes() => State::Whole(Vec::new()),
             Some(DecoderWrapper::ByteLevel(_)) => State::Bytes(Vec::new()),
             _ => State::Pieces {
                 last: None,

@@ -6,11 +6,11 @@ use ahash::AHashMap;
 use base64::Engine;
 use oxiformers_hub::ModelFiles;
 use serde::Deserialize;
-use tokenizers::Tokenizer;
 
 use super::assemble::Assembly;
 use super::config::TokenizerConfig;
 use super::legacy::bpe;
+use super::model::Pipeline;
 use super::{bytes, check};
 use crate::{Error, Result};
 
@@ -25,7 +25,7 @@ fn base64(file: &str, text: &str) -> Result<Vec<u8>> {
 
 /// A file of lines `BASE64 RANK`. The pattern is the configuration's `pat_str` or `pattern`; the special tokens
 /// are those of its `added_tokens_decoder`.
-pub(super) fn ranks_file(files: &ModelFiles, config: &TokenizerConfig) -> Result<Option<Tokenizer>> {
+pub(super) fn ranks_file(files: &ModelFiles, config: &TokenizerConfig) -> Result<Option<Pipeline>> {
     let is_ranks = |name: &&str| name.ends_with(".tiktoken") || *name == "tiktoken.model";
     let Some(file) = files.names().find(is_ranks).map(str::to_owned) else {
         return Ok(None);
@@ -45,10 +45,9 @@ pub(super) fn ranks_file(files: &ModelFiles, config: &TokenizerConfig) -> Result
         };
         ranks.push((token, rank));
     }
-    let json: serde_json::Value = files.json("tokenizer_config.json")?.unwrap_or_default();
     let pattern = ["pat_str", "pattern"]
         .iter()
-        .find_map(|name| json.get(name)?.as_str());
+        .find_map(|name| config.setting(name)?.as_str());
     let special = config
         .added()
         .iter()
@@ -58,7 +57,7 @@ pub(super) fn ranks_file(files: &ModelFiles, config: &TokenizerConfig) -> Result
 }
 
 /// Mistral's format: special tokens have the first ids, the ranks follow.
-pub(super) fn tekken(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Tokenizer>> {
+pub(super) fn tekken(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Pipeline>> {
     #[derive(Deserialize)]
     struct Tekken {
         config: Settings,
@@ -144,7 +143,7 @@ fn build(
     ranks: Vec<(Vec<u8>, u32)>,
     special: Vec<(String, u32)>,
     pattern: &str,
-) -> Result<Tokenizer> {
+) -> Result<Pipeline> {
     let by_bytes: AHashMap<&[u8], u32> = ranks
         .iter()
         .map(|(token, rank)| (token.as_slice(), *rank))
