@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
-use oxiformers_processors::tokenizer::Tokenizer;
+use oxiformers_processors::tokenizer::{EncodeOptions, Padding, Tokenizer, Truncation};
 
 /// A model of one file.
 pub fn model(name: &str, data: &[u8]) -> ModelFiles {
@@ -29,11 +29,21 @@ pub fn let_panics_unwind() {
     drop(std::panic::take_hook());
 }
 
-/// Loads a tokenizer, and takes a text there and back.
+/// Loads a tokenizer, takes a text there and back, and cuts a pair into windows.
 pub fn tokenizer(files: &ModelFiles) {
     let Ok(tokenizer) = Tokenizer::from_files(files) else {
         return;
     };
+    let options = EncodeOptions {
+        truncation: Some(Truncation {
+            max_length: Some(9),
+            stride: 2,
+            ..Truncation::default()
+        }),
+        padding: Some(Padding::default()),
+        ..EncodeOptions::default()
+    };
+    let _ = tokenizer.encode_batch([("a", "Hello, world!  1,000 \u{ff21}")], &options);
     if let Ok(ids) = tokenizer.encode("Hello,  world!\n\u{1F917} 世界 \u{301}a 12345", true) {
         let _ = tokenizer.decode(&ids, false);
         let mut stream = tokenizer.decode_stream(true);

@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use bytes::Bytes;
 use oxiformers_hub::ModelFiles;
 use oxiformers_processors::Tokenizer;
+use oxiformers_processors::tokenizer::{EncodeOptions, Padding, Truncation};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -36,7 +37,7 @@ unsafe impl GlobalAlloc for Bounded {
 static ALLOCATOR: Bounded = Bounded;
 
 /// Every kind of file with the settings beside it: folder, file.
-const FILES: [(&str, &str); 14] = [
+const FILES: [(&str, &str); 27] = [
     ("gpt2", "tokenizer.json"),
     ("llama", "tokenizer.json"),
     ("bert", "tokenizer.json"),
@@ -51,6 +52,19 @@ const FILES: [(&str, &str); 14] = [
     ("gpt2", "vocab.json"),
     ("gpt2", "merges.txt"),
     ("bert", "vocab.txt"),
+    ("families/albert", "spiece.model"),
+    ("families/bert_uncased", "tokenizer_config.json"),
+    ("families/byt5", "tokenizer_config.json"),
+    ("families/canine", "tokenizer_config.json"),
+    ("families/m2m_100", "sentencepiece.bpe.model"),
+    ("families/m2m_100", "vocab.json"),
+    ("families/marian", "source.spm"),
+    ("families/marian", "target.spm"),
+    ("families/marian", "vocab.json"),
+    ("families/nllb", "tokenizer_config.json"),
+    ("families/pegasus", "spiece.model"),
+    ("families/roberta", "merges.txt"),
+    ("families/xlm_roberta", "config.json"),
 ];
 
 /// A file's name, what it says when it is whole, and the files that belong to it.
@@ -63,6 +77,17 @@ static WHOLE: LazyLock<Vec<Whole>> = LazyLock::new(|| {
         .into_iter()
         .map(|(folder, file)| {
             let beside: &[&str] = match file {
+                _ if folder.starts_with("families/") => &[
+                    "config.json",
+                    "merges.txt",
+                    "sentencepiece.bpe.model",
+                    "source.spm",
+                    "spiece.model",
+                    "target.spm",
+                    "tokenizer_config.json",
+                    "vocab.json",
+                    "vocab.txt",
+                ],
                 "vocab.json" => &["merges.txt", "tokenizer_config.json"],
                 "merges.txt" => &["vocab.json", "tokenizer_config.json"],
                 "tokenizer.json" | "tokenizer.gguf" | "tekken.json" => &[],
@@ -70,6 +95,7 @@ static WHOLE: LazyLock<Vec<Whole>> = LazyLock::new(|| {
             };
             let beside = beside
                 .iter()
+                .filter(|name| **name != file)
                 .filter_map(|name| Some(((*name).to_owned(), Bytes::from(read(folder, name)?))))
                 .collect();
             (file, read(folder, file).unwrap(), beside)
@@ -96,6 +122,24 @@ fn exercise(tokenizer: &Tokenizer) {
         if let Ok(ids) = tokenizer.encode(text, true) {
             let _ = tokenizer.decode(&ids, true);
         }
+        for max_length in [0, 3, 9] {
+            let options = EncodeOptions {
+                truncation: Some(Truncation {
+                    max_length: Some(max_length),
+                    stride: 2,
+                    ..Truncation::default()
+                }),
+                padding: Some(Padding::default()),
+                ..EncodeOptions::default()
+            };
+            let _ = tokenizer.encode_batch([("a", text), (text, "a")], &options);
+        }
+    }
+    for lang in tokenizer.languages().into_iter().take(3) {
+        tokenizer.lang_id(lang).unwrap();
+        let _ = tokenizer
+            .with_src_lang(lang)
+            .map(|tokenizer| tokenizer.encode("a", true));
     }
 }
 
@@ -273,5 +317,19 @@ fn errors_name_file_and_field() {
     let bpe = [piece.as_slice(), &[0x12, 0x02, 0x18, 0x02]].concat();
     assert!(refused("tokenizer.model", bpe).contains("4096"));
     assert!(refused("vocab.txt", "a\nb\n").contains("vocab.txt"));
+    // Files that need another one, and settings out of bounds.
+    let with = |config: Value, file: &str, content: &[u8]| {
+        let config = [("tokenizer_config.json".to_owned(), config.to_string().into())];
+        load(file, content.to_vec(), &config).expect_err(file).to_string()
+    };
+    let (_, spm, _) = WHOLE.iter().find(|(file, ..)| *file == "source.spm").unwrap();
+    let alone = with(json!({"tokenizer_class": "MarianTokenizer"}), "source.spm", spm);
+    assert!(alone.contains("vocab.json"), "{alone}");
+    let gaps = json!({"tokenizer_class": "T5Tokenizer", "extra_ids": 1_000_000_000});
+    assert!(with(gaps, "spiece.model", spm).contains("extra_ids"));
+    let gaps = json!({"tokenizer_class": "ByT5Tokenizer", "extra_ids": u64::MAX});
+    assert!(with(gaps, "README.md", b"").contains("extra_ids"));
+    let unknown = json!({"tokenizer_class": "MBartTokenizer", "src_lang": "qq_QQ"});
+    assert!(with(unknown, "sentencepiece.bpe.model", spm).contains("qq_QQ"));
     assert!(refused("README.md", "").contains("tokenizer"));
 }
