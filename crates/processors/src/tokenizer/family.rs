@@ -287,6 +287,14 @@ impl Family {
         }
     }
 
+    /// Whether such tokenizers are written as a `vocab.txt`.
+    pub fn has_word_pieces(self) -> bool {
+        matches!(
+            self,
+            Self::Bert | Self::DistilBert | Self::Funnel | Self::MPNet | Self::Tapas
+        )
+    }
+
     /// Whether the mask takes the spaces before it, unless the files say so.
     pub fn mask_takes_spaces(self) -> bool {
         !matches!(

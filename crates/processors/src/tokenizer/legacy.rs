@@ -73,14 +73,12 @@ pub(super) fn bpe(
 }
 
 /// WordPiece as BERT has it.
-pub(super) fn vocab_txt(files: &ModelFiles, config: &mut TokenizerConfig) -> Result<Option<Pipeline>> {
-    let Some(text) = files.text("vocab.txt")? else {
-        return Ok(None);
-    };
-    if config.family == Family::Other {
+pub(super) fn vocab_txt(text: &str, config: &mut TokenizerConfig) -> Result<Pipeline> {
+    if !config.family.has_word_pieces() {
+        // The format is BERT's, also where models of this type usually have another one.
         config.family = Family::Bert;
-        config.default_tokens(|_| true);
     }
+    config.default_tokens(|_| true);
     if config.family == Family::Tapas {
         config.extra_special_tokens.push("[EMPTY]".to_owned());
     }
@@ -90,7 +88,7 @@ pub(super) fn vocab_txt(files: &ModelFiles, config: &mut TokenizerConfig) -> Res
         strip_accents: config.flag("strip_accents"),
         chinese: config.flag("tokenize_chinese_chars").unwrap_or(true),
     };
-    wordpiece("vocab.txt", tokens, &options, config).map(Some)
+    wordpiece("vocab.txt", tokens, &options, config)
 }
 
 /// How BERT prepares text.

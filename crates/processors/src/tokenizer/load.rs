@@ -31,6 +31,7 @@ impl Tokenizer {
             config.surround(&mut backend, "the GGUF")?;
             return Ok(Self::new(backend, config));
         }
+        let given = config.clone();
         config.default_tokens(|_| true);
         let (file, mut backend) = if let Some(backend) = characters::tokenizer(&mut config)? {
             ("tokenizer_config.json", backend)
@@ -42,8 +43,9 @@ impl Tokenizer {
             ("the tiktoken vocabulary", backend)
         } else if let Some(backend) = legacy::vocab_and_merges(files, &mut config)? {
             ("vocab.json", backend)
-        } else if let Some(backend) = legacy::vocab_txt(files, &mut config)? {
-            ("vocab.txt", backend)
+        } else if let Some(text) = files.text("vocab.txt")? {
+            config = given;
+            ("vocab.txt", legacy::vocab_txt(&text, &mut config)?)
         } else {
             return Err(Error::NoTokenizer {
                 model: files.name().to_owned(),
