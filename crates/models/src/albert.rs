@@ -3,7 +3,7 @@
 use oxiformers_nn::head::vocabulary_output;
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Embeddings, EmbeddingsConfig, Encoder, Error, Head, LayerNorm,
-    Linear, Mlp, PositionCount, Reads, Result, Weights,
+    Linear, Mlp, Reads, Result, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -98,12 +98,9 @@ impl EncoderArchitecture for Config {
         let order = self.order()?;
         let w = w.pp("albert");
         let embeddings = EmbeddingsConfig {
-            vocab_size: self.vocab_size,
-            width: self.embedding_size,
             max_position_embeddings: Some(self.max_position_embeddings),
-            position_count: PositionCount::Plain,
             type_vocab_size: self.type_vocab_size,
-            eps: self.layer_norm_eps,
+            ..EmbeddingsConfig::new(self.vocab_size, self.embedding_size, self.layer_norm_eps)
         };
         let embeddings = Embeddings::load(&w.pp("embeddings"), embeddings)?;
         let w = w.pp("encoder");

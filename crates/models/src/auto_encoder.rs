@@ -1,5 +1,6 @@
 //! Encoders with and without heads, whatever their architecture.
 
+use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use burn::tensor::{Device, Tensor};
@@ -87,9 +88,10 @@ impl AutoModel {
     /// # Errors
     /// Where the inputs do not fit the model: an id outside of the vocabulary, a sequence that is too long.
     pub fn forward(&self, inputs: &EncoderInputs) -> Result<BaseModelOutput> {
-        let output = self.encoder.forward(inputs, &self.device)?;
+        let inputs = prepare(&self.config, Task::Base, inputs)?;
+        let output = self.encoder.forward(&inputs, &self.device)?;
         let pool = |head: &Head| {
-            let pooled = head.forward(output.last_hidden_state.clone(), &inputs.tokens);
+            let pooled = head.forward(output.last_hidden_state.clone(), &inputs);
             pooled.squeeze_dim(1)
         };
         Ok(BaseModelOutput {
@@ -177,12 +179,11 @@ impl<T: TaskType> AutoModelFor<T> {
     /// # Errors
     /// Where the inputs do not fit the model: an id outside of the vocabulary, a sequence that is too long.
     pub fn forward(&self, inputs: &EncoderInputs) -> Result<ModelOutput<T::Logits>> {
-        let output = self.encoder.forward(inputs, &self.device)?;
-        let logits = self
-            .head
-            .forward(output.last_hidden_state.clone(), &inputs.tokens);
+        let inputs = prepare(&self.config, T::TASK, inputs)?;
+        let output = self.encoder.forward(&inputs, &self.device)?;
+        let logits = self.head.forward(output.last_hidden_state.clone(), &inputs);
         Ok(ModelOutput {
-            logits: T::logits(logits, inputs)?,
+            logits: T::logits(logits, &inputs)?,
             last_hidden_state: output.last_hidden_state,
             hidden_states: output.hidden_states,
         })
@@ -192,6 +193,12 @@ impl<T: TaskType> AutoModelFor<T> {
     pub fn device(&self) -> &Device {
         &self.device
     }
+}
+
+/// The batch as the task wants it.
+fn prepare<'a>(config: &AutoConfig, task: Task, inputs: &'a EncoderInputs) -> Result<Cow<'a, EncoderInputs>> {
+    let changed = config.architecture.prepare(task, inputs)?;
+    Ok(changed.map_or(Cow::Borrowed(inputs), Cow::Owned))
 }
 
 fn open(files: &ModelFiles, options: &LoadOptions) -> Result<(AutoConfig, Weights)> {

@@ -5,8 +5,8 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use oxiformers_nn::head::vocabulary_output;
 use oxiformers_nn::{
-    Activation, Attention, AttentionConfig, Context, Embeddings, EmbeddingsConfig, Encoder, EncoderLayer,
-    Error, Head, LayerNorm, Linear, Mlp, PositionCount, Reads, Result, Weights,
+    Activation, Attention, AttentionConfig, Context, Embedding, Embeddings, EmbeddingsConfig, Encoder,
+    EncoderLayer, Error, Head, LayerNorm, Linear, Mlp, PositionCount, Reads, Result, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -54,11 +54,14 @@ impl Default for Config {
     }
 }
 
-/// One layer.
+/// Where the layers of the attention stand.
+pub const ATTENTION: [&str; 4] = ["self.query", "self.key", "self.value", "output.dense"];
+
+/// One layer, around attention of any kind.
 #[derive(Module, Debug)]
-pub struct Layer {
+pub struct Layer<A: Module = Attention> {
     /// Attention.
-    pub attention: Attention,
+    pub attention: A,
     /// After attention.
     pub attention_norm: LayerNorm,
     /// Feed-forward block.
@@ -67,12 +70,19 @@ pub struct Layer {
     pub output_norm: LayerNorm,
 }
 
-impl EncoderLayer for Layer {
-    fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
+impl<A: Module> Layer<A> {
+    /// `[batch, seq, hidden_size]` to the same shape, with an attention that is told more than the context knows.
+    pub fn forward_with(&self, x: Tensor<3>, attend: impl FnOnce(&A, Tensor<3>) -> Tensor<3>) -> Tensor<3> {
         let x = self
             .attention_norm
-            .forward(x.clone() + self.attention.forward(x, cx));
+            .forward(x.clone() + attend(&self.attention, x));
         self.output_norm.forward(x.clone() + self.mlp.forward(x))
+    }
+}
+
+impl EncoderLayer for Layer {
+    fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
+        self.forward_with(x, |attention, x| attention.forward(x, cx))
     }
 }
 
@@ -98,21 +108,34 @@ impl Config {
     /// # Errors
     /// A tensor that is missing or misshapen, or a field that contradicts another.
     pub fn layer(&self, w: &Weights) -> Result<Layer> {
-        const NAMES: [&str; 4] = ["self.query", "self.key", "self.value", "output.dense"];
-        let (hidden, heads, inner) = (self.hidden_size, self.num_attention_heads, self.intermediate_size);
-        let attention = AttentionConfig {
-            qkv_bias: true,
-            out_bias: true,
-            ..AttentionConfig::new(hidden, heads, heads, hidden / heads.max(1))
-        };
+        let attention = Attention::load_named(&w.pp("attention"), ATTENTION, self.attention())?;
+        self.layer_around(w, attention)
+    }
+
+    /// The layer at `w` around an attention that is loaded already.
+    ///
+    /// # Errors
+    /// As [`layer`](Self::layer).
+    pub fn layer_around<A: Module>(&self, w: &Weights, attention: A) -> Result<Layer<A>> {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let norm = |name| LayerNorm::load(&w.pp(name), hidden, self.layer_norm_eps, true);
         let names = ["intermediate.dense", "output.dense"];
         Ok(Layer {
-            attention: Attention::load_named(&w.pp("attention"), NAMES, attention)?,
+            attention,
             attention_norm: norm("attention.output.LayerNorm")?,
             mlp: Mlp::load(w, names, hidden, inner, self.hidden_act, true)?,
             output_norm: norm("output.LayerNorm")?,
         })
+    }
+
+    /// The numbers of the attention.
+    pub fn attention(&self) -> AttentionConfig {
+        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
+        AttentionConfig {
+            qkv_bias: true,
+            out_bias: true,
+            ..AttentionConfig::new(hidden, heads, heads, hidden / heads.max(1))
+        }
     }
 
     /// The embeddings at `w`, `width` wide, with positions counted as given.
@@ -121,12 +144,10 @@ impl Config {
     /// As [`layer`](Self::layer).
     pub fn embeddings(&self, w: &Weights, width: usize, position_count: PositionCount) -> Result<Embeddings> {
         let config = EmbeddingsConfig {
-            vocab_size: self.vocab_size,
-            width,
             max_position_embeddings: Some(self.max_position_embeddings),
             position_count,
             type_vocab_size: self.type_vocab_size,
-            eps: self.layer_norm_eps,
+            ..EmbeddingsConfig::new(self.vocab_size, width, self.layer_norm_eps)
         };
         Embeddings::load(w, config)
     }
@@ -140,6 +161,22 @@ impl Config {
         let embeddings = self.embeddings(&w.pp("embeddings"), self.hidden_size, position_count)?;
         let layers = (0..self.num_hidden_layers).map(|i| self.layer(&w.pp("encoder.layer").pp(i)));
         Ok(Encoder::new(embeddings, layers.collect::<Result<_>>()?))
+    }
+}
+
+impl Config {
+    /// The head for masked tokens at `w`, which may share the `table` of tokens, with its norm of that name.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen.
+    pub fn predictions(&self, w: &Weights, norm: &str, table: &Embedding) -> Result<Head> {
+        let [_, width] = table.weight.shape();
+        let at = w.pp("transform");
+        let dense = Linear::load(&at.pp("dense"), self.hidden_size, width, true)?;
+        let norm = LayerNorm::load(&at.pp(norm), width, self.layer_norm_eps, true)?;
+        let output = vocabulary_output(w, ["decoder", "bias"], table, self.tie_word_embeddings)?;
+        let head = Head::new(Reads::All).dense(dense, self.hidden_act);
+        Ok(head.norm(norm).output(output))
     }
 }
 
@@ -193,16 +230,11 @@ impl EncoderArchitecture for Config {
     }
 
     fn head(&self, task: Task, w: &Weights, model: &Encoder<Layer>, labels: usize) -> Result<Option<Head>> {
-        let (hidden, eps, place) = (self.hidden_size, self.layer_norm_eps, w.pp("bert.pooler.dense"));
+        let (hidden, place) = (self.hidden_size, w.pp("bert.pooler.dense"));
         Ok(Some(match task {
             Task::MaskedLM => {
-                let w = w.pp("cls.predictions");
-                let dense = Linear::load(&w.pp("transform.dense"), hidden, hidden, true)?;
-                let norm = LayerNorm::load(&w.pp("transform.LayerNorm"), hidden, eps, true)?;
                 let table = &model.embeddings.word_embeddings;
-                let output = vocabulary_output(&w, ["decoder", "bias"], table, self.tie_word_embeddings)?;
-                let head = Head::new(Reads::All).dense(dense, self.hidden_act);
-                head.norm(norm).output(output)
+                self.predictions(&w.pp("cls.predictions"), "LayerNorm", table)?
             }
             Task::NextSentencePrediction => {
                 let output = Linear::load(&w.pp("cls.seq_relationship"), hidden, 2, true)?;

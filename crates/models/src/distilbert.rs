@@ -3,7 +3,7 @@
 use oxiformers_nn::head::vocabulary_output;
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Embeddings, EmbeddingsConfig, Encoder, Head, LayerNorm, Linear,
-    Mlp, PositionCount, Reads, Result, Weights,
+    Mlp, Reads, Result, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -70,12 +70,8 @@ impl EncoderArchitecture for Config {
     fn load(&self, w: &Weights) -> Result<Encoder<Layer>> {
         let w = w.pp("distilbert");
         let embeddings = EmbeddingsConfig {
-            vocab_size: self.vocab_size,
-            width: self.dim,
             max_position_embeddings: Some(self.max_position_embeddings),
-            position_count: PositionCount::Plain,
-            type_vocab_size: 0,
-            eps: EPS,
+            ..EmbeddingsConfig::new(self.vocab_size, self.dim, EPS)
         };
         let embeddings = Embeddings::load(&w.pp("embeddings"), embeddings)?;
         let layers = (0..self.n_layers).map(|i| self.layer(&w.pp("transformer.layer").pp(i)));

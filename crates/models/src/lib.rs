@@ -11,8 +11,8 @@ use std::ops::Range;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_nn::seq2seq::{Half, LmHead, Reader, ShiftRight, TiedTables};
 use oxiformers_nn::{
-    Backbone, Cache, CacheKind, Decoder, DecoderLayer, EncoderDecoder, Head, LogitsFor, Result,
-    Seq2SeqDecoder, Seq2SeqLayer, Stack, Weights,
+    Backbone, Cache, CacheKind, Decoder, DecoderLayer, EncoderDecoder, EncoderInputs, Head, LogitsFor,
+    Result, Seq2SeqDecoder, Seq2SeqLayer, Stack, Weights,
 };
 
 pub mod auto;
@@ -212,6 +212,14 @@ pub trait EncoderArchitecture {
     /// # Errors
     /// As [`load`](Self::load).
     fn head(&self, task: Task, w: &Weights, model: &Self::Model, labels: usize) -> Result<Option<Head>>;
+
+    /// The batch as a task wants it, where that differs from what was given.
+    ///
+    /// # Errors
+    /// Where the inputs lack what the task needs.
+    fn prepare(&self, _task: Task, _inputs: &EncoderInputs) -> Result<Option<EncoderInputs>> {
+        Ok(None)
+    }
 
     /// Longest sequence the model was made for, if it says so.
     fn max_position_embeddings(&self) -> Option<usize>;

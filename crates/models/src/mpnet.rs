@@ -88,14 +88,11 @@ impl EncoderArchitecture for Config {
             return Err(Error::config("relative_attention_num_buckets", message));
         }
         let embeddings = EmbeddingsConfig {
-            vocab_size: self.vocab_size,
-            width: self.hidden_size,
             max_position_embeddings: Some(self.max_position_embeddings),
             position_count: PositionCount::AfterPadding {
                 pad_token_id: PADDING,
             },
-            type_vocab_size: 0,
-            eps: self.layer_norm_eps,
+            ..EmbeddingsConfig::new(self.vocab_size, self.hidden_size, self.layer_norm_eps)
         };
         let embeddings = Embeddings::load(&w.pp("embeddings"), embeddings)?;
         let w = w.pp("encoder");

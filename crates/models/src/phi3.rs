@@ -83,6 +83,7 @@ impl Architecture for Config {
                 Attention::load_stacked(&w.pp("self_attn"), ["qkv_proj", "o_proj"], attention.clone())?;
             let mlp = GatedMlp::load_fused(
                 &w.pp("mlp"),
+                ["gate_up_proj", "down_proj"],
                 hidden,
                 self.intermediate_size,
                 self.hidden_act,

@@ -124,6 +124,18 @@ macro_rules! architectures {
                 }
             }
 
+            /// See [`EncoderArchitecture::prepare`].
+            pub fn prepare(
+                &self,
+                task: Task,
+                inputs: &EncoderInputs,
+            ) -> oxiformers_nn::Result<Option<EncoderInputs>> {
+                match self {
+                    $(Self::$e_variant(config) => config.prepare(task, inputs),)+
+                    _ => Ok(None),
+                }
+            }
+
             /// Which halves it has.
             pub fn kind(&self) -> Kind {
                 match self {

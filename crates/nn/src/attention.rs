@@ -242,7 +242,7 @@ impl Attention {
     /// `[batch, seq, hidden_size]` to the same shape.
     pub fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
         let c = &self.config;
-        let (q, k, v) = self.project(x);
+        let [q, k, v] = self.project(x);
         let (mut q, mut k) = match &self.qk_norm {
             Some(QkNorm::PerHead([q_norm, k_norm])) => (q_norm.forward(q), k_norm.forward(k)),
             Some(QkNorm::HeadWeights([q_norm, k_norm])) => (q_norm.forward(q), k_norm.forward(k)),
@@ -263,11 +263,18 @@ impl Attention {
             scale: c.scale,
             softcap: c.softcap,
         };
-        self.o_proj.forward(attention([q, k, v], &mask, bias, options))
+        self.output(attention([q, k, v], &mask, bias, options))
     }
 
-    /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`.
-    fn project(&self, x: Tensor<3>) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+    /// What follows the attention: `[batch, seq, num_heads * head_dim]` to `[batch, seq, hidden_size]`. For architectures
+    /// with an attention of their own.
+    pub fn output(&self, x: Tensor<3>) -> Tensor<3> {
+        self.o_proj.forward(x)
+    }
+
+    /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`, before norms
+    /// of heads and the rotation.
+    pub fn project(&self, x: Tensor<3>) -> [Tensor<4>; 3] {
         let [batch, seq, _] = x.dims();
         let c = &self.config;
         let (heads, kv_heads, dim) = (c.num_heads, c.num_kv_heads, c.head_dim);
@@ -304,9 +311,19 @@ impl Attention {
             Some(QkNorm::Whole([q_norm, k_norm])) => (q_norm.forward(q), k_norm.forward(k)),
             _ => (q, k),
         };
-        let cut = |x: Tensor<3>, heads: usize| x.reshape([batch, seq, heads, dim]).swap_dims(1, 2);
-        (cut(q, heads), cut(k, kv_heads), cut(v, kv_heads))
+        [
+            split_heads(q, heads),
+            split_heads(k, kv_heads),
+            split_heads(v, kv_heads),
+        ]
     }
+}
+
+/// `[batch, seq, heads * dim]` to `[batch, heads, seq, dim]`.
+pub fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
+    let [batch, seq, width] = x.dims();
+    x.reshape([batch, seq, heads, width / heads.max(1)])
+        .swap_dims(1, 2)
 }
 
 /// ALiBi slopes `2^(-8 i / heads)`, with the interpolation that BLOOM and MPT use where the number of heads

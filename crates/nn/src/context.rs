@@ -16,6 +16,7 @@ pub struct Context<'a> {
     device: Device,
     seq: usize,
     layer: usize,
+    given_positions: Vec<Vec<usize>>,
     bias: Option<Tensor<4>>,
     source_mask: Option<Rc<Mask>>,
     masks: HashMap<(Option<usize>, usize), Rc<Mask>>,
@@ -51,11 +52,18 @@ impl<'a> Context<'a> {
             device,
             seq,
             layer: 0,
+            given_positions: Vec::new(),
             bias: None,
             source_mask: None,
             masks: HashMap::new(),
             ropes: HashMap::new(),
         }
+    }
+
+    /// Gives the tokens positions `[batch or 1][seq]` of the caller's choice; none for those that
+    /// [`positions`](Self::positions) finds.
+    pub fn set_positions(&mut self, positions: Vec<Vec<usize>>) {
+        self.given_positions = positions;
     }
 
     /// Adds `bias` `[1 or batch, 1 or heads, 1 or seq, keys]` to the scores of all attention layers that run from
@@ -100,6 +108,9 @@ impl<'a> Context<'a> {
     /// Positions `[batch or 1][seq]`: after a cache, counted from each sequence's first real token, 0 within the
     /// padding; in an encoder, from the first token, whatever it is.
     pub fn positions(&self) -> Vec<Vec<usize>> {
+        if !self.given_positions.is_empty() {
+            return self.given_positions.clone();
+        }
         let range = self.past()..self.past() + self.seq;
         let row = |pad: usize| {
             range

@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use oxiformers_kernels::{AttentionOptions, ScoreBias, attention};
 
+use crate::attention::split_heads;
 use crate::{AttentionConfig, Context, Linear, Result, Weights};
 
 /// Multi-head attention whose keys and values come from an encoder's output. They are computed
@@ -49,8 +50,8 @@ impl CrossAttention {
     pub fn keys_and_values(&self, source: Tensor<3>) -> (Tensor<4>, Tensor<4>) {
         let [k, v] = Linear::forward_all([&self.k_proj, &self.v_proj], source);
         (
-            self.cut(k, self.config.num_kv_heads),
-            self.cut(v, self.config.num_kv_heads),
+            split_heads(k, self.config.num_kv_heads),
+            split_heads(v, self.config.num_kv_heads),
         )
     }
 
@@ -59,19 +60,12 @@ impl CrossAttention {
         let Some((k, v, mask)) = cx.source() else {
             return x.zeros_like();
         };
-        let q = self.cut(self.q_proj.forward(x), self.config.num_heads);
+        let q = split_heads(self.q_proj.forward(x), self.config.num_heads);
         let options = AttentionOptions {
             scale: self.config.scale,
             softcap: self.config.softcap,
         };
         self.o_proj
             .forward(attention([q, k, v], &mask, ScoreBias::default(), options))
-    }
-
-    /// `[batch, seq, heads * head_dim]` to `[batch, heads, seq, head_dim]`.
-    fn cut(&self, x: Tensor<3>, heads: usize) -> Tensor<4> {
-        let [batch, seq, _] = x.dims();
-        x.reshape([batch, seq, heads, self.config.head_dim])
-            .swap_dims(1, 2)
     }
 }

@@ -19,6 +19,9 @@ pub struct EncoderInputs {
     pub token_type_ids: Vec<Vec<u32>>,
     /// Positions; empty for those that the architecture gives its tokens.
     pub position_ids: Vec<Vec<u32>>,
+    /// Which tokens see all others and are seen by them (1), where the others see a window only, as in Longformer;
+    /// empty for those that the task asks for.
+    pub global_attention_mask: Vec<Vec<u32>>,
     /// How many rows belong together as choices of one question; 0 means all of them.
     pub num_choices: usize,
     /// Whether the hidden states of every layer are kept.
@@ -82,7 +85,23 @@ impl EncoderInputs {
                 "has no tokens, or rows without a place in `tokens`",
             ));
         }
+        if !self.position_ids.is_empty() {
+            self.check("position_ids", &self.position_ids)?;
+        }
         self.tensor("input_ids", &self.input_ids, vocab_size, device)
+    }
+
+    /// Checks that there is something for each token.
+    ///
+    /// # Errors
+    /// Where the shape differs; `name` is what the message calls the rows.
+    pub fn check(&self, name: &str, rows: &[Vec<u32>]) -> Result<()> {
+        let [batch, seq] = self.dims();
+        if rows.len() != batch || rows.iter().any(|row| row.len() != seq) {
+            let message = format!("must be {batch} rows of {seq}");
+            return Err(Error::input(name, message));
+        }
+        Ok(())
     }
 
     /// Rows of the batch's shape as a tensor, each id less than `limit`.
@@ -96,23 +115,33 @@ impl EncoderInputs {
         limit: usize,
         device: &Device,
     ) -> Result<Tensor<2, Int>> {
-        let [batch, seq] = self.dims();
-        if rows.len() != batch || rows.iter().any(|row| row.len() != seq) {
-            let message = format!("must be {batch} rows of {seq}");
-            return Err(Error::input(name, message));
-        }
+        self.check(name, rows)?;
         let ids: Vec<i32> = rows.iter().flatten().map(|id| *id as i32).collect();
         if let Some(id) = (rows.iter().flatten()).find(|id| usize::try_from(**id).is_ok_and(|id| id >= limit))
         {
             let message = format!("holds {id}, but the model has {limit}, counted from 0");
             return Err(Error::input(name, message));
         }
-        Ok(Tensor::from_data(TensorData::new(ids, [batch, seq]), device))
+        Ok(Tensor::from_data(TensorData::new(ids, self.dims()), device))
+    }
+
+    /// 1 for tokens, 0 for padding: `[batch, seq, 1]`.
+    pub fn mask(&self, device: &Device) -> Tensor<3> {
+        let [batch, seq] = self.dims();
+        let row = |tokens: &Range<usize>| {
+            let tokens = tokens.clone();
+            (0..seq).map(move |i| f32::from(tokens.contains(&i)))
+        };
+        let mask: Vec<f32> = self.tokens.iter().flat_map(row).collect();
+        Tensor::from_data(TensorData::new(mask, [batch, seq, 1]), device)
     }
 
     /// What the layers of an encoder need to know of the batch.
     pub fn context(&self, device: &Device) -> Context<'static> {
-        Context::bidirectional(self.tokens.clone(), self.dims()[1], device.clone())
+        let mut cx = Context::bidirectional(self.tokens.clone(), self.dims()[1], device.clone());
+        let row = |row: &Vec<u32>| row.iter().map(|position| *position as usize).collect();
+        cx.set_positions(self.position_ids.iter().map(row).collect());
+        cx
     }
 }
 
@@ -179,8 +208,25 @@ pub struct EmbeddingsConfig {
     pub position_count: PositionCount,
     /// Rows of the table of token types; 0 where there is none.
     pub type_vocab_size: usize,
+    /// What the embedding of a token is multiplied by.
+    pub scale: Option<f64>,
     /// Epsilon of the layer norm.
     pub eps: f64,
+}
+
+impl EmbeddingsConfig {
+    /// Tokens without positions and types.
+    pub fn new(vocab_size: usize, width: usize, eps: f64) -> Self {
+        Self {
+            vocab_size,
+            width,
+            max_position_embeddings: None,
+            position_count: PositionCount::Plain,
+            type_vocab_size: 0,
+            scale: None,
+            eps,
+        }
+    }
 }
 
 /// BERT's embeddings: the sum of a token's, its position's and its type's, normalized.
@@ -197,18 +243,36 @@ pub struct Embeddings {
 
 impl Embeddings {
     /// Loads `word_embeddings`, `position_embeddings`, `token_type_embeddings` and `LayerNorm`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or misshapen.
     pub fn load(w: &Weights, config: EmbeddingsConfig) -> Result<Self> {
+        let tokens = Embedding::load(&w.pp("word_embeddings"), config.vocab_size, config.width)?;
+        let norm = LayerNorm::load(&w.pp("LayerNorm"), config.width, config.eps, true)?;
+        Self::with(tokens, norm, w, config)
+    }
+
+    /// The same with a table of tokens and a norm that have names of their own, or another width after a projection.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn with(
+        word_embeddings: Embedding,
+        norm: LayerNorm,
+        w: &Weights,
+        config: EmbeddingsConfig,
+    ) -> Result<Self> {
         let table = |name, rows| Embedding::load(&w.pp(name), rows, config.width);
         let types = config.type_vocab_size;
         Ok(Self {
-            word_embeddings: table("word_embeddings", config.vocab_size)?,
+            word_embeddings,
             position_embeddings: (config.max_position_embeddings)
                 .map(|rows| table("position_embeddings", rows))
                 .transpose()?,
             token_type_embeddings: (types > 0)
                 .then(|| table("token_type_embeddings", types))
                 .transpose()?,
-            norm: LayerNorm::load(&w.pp("LayerNorm"), config.width, config.eps, true)?,
+            norm,
             config,
         })
     }
@@ -228,6 +292,9 @@ impl Embeddings {
     pub fn sum(&self, inputs: &EncoderInputs, device: &Device) -> Result<Tensor<3>> {
         let ids = inputs.ids(self.config.vocab_size, device)?;
         let mut x = self.word_embeddings.forward(ids);
+        if let Some(scale) = self.config.scale {
+            x = x * scale;
+        }
         if let (Some(table), Some(most)) = (&self.position_embeddings, self.config.max_position_embeddings) {
             let computed: Vec<_>;
             let positions = if inputs.position_ids.is_empty() {
@@ -337,28 +404,34 @@ impl<L: EncoderLayer> Backbone for Encoder<L> {
             cx.set_bias(Some(bias.forward(0, seq, seq)));
         }
         let layers = self.order.iter().filter_map(|index| self.layers.get(*index));
-        Ok(run_layers(layers, x, inputs, cx, self.norm.as_ref()))
+        let mut output = run_layers(layers, x, inputs, |index, layer, x| {
+            cx.enter_layer(index);
+            layer.forward(x, cx)
+        });
+        if let Some(norm) = &self.norm {
+            output.last_hidden_state = norm.forward(output.last_hidden_state);
+            if let Some(last) = output.hidden_states.last_mut() {
+                *last = output.last_hidden_state.clone();
+            }
+        }
+        Ok(output)
     }
 }
 
-/// Runs layers one after the other, and a norm at the end, for backbones with a frame of their own.
-pub fn run_layers<'a, L: EncoderLayer + 'a>(
+/// Runs layers one after the other: `step` is given the place of a layer, the layer and `[batch, seq, hidden_size]`.
+/// For backbones with a frame of their own.
+pub fn run_layers<'a, L: 'a>(
     layers: impl IntoIterator<Item = &'a L>,
     mut x: Tensor<3>,
     inputs: &EncoderInputs,
-    cx: &mut Context,
-    norm: Option<&Norm>,
+    mut step: impl FnMut(usize, &L, Tensor<3>) -> Tensor<3>,
 ) -> EncoderOutput {
     let mut hidden_states = Vec::new();
     for (index, layer) in layers.into_iter().enumerate() {
         if inputs.output_hidden_states {
             hidden_states.push(x.clone());
         }
-        cx.enter_layer(index);
-        x = layer.forward(x, cx);
-    }
-    if let Some(norm) = norm {
-        x = norm.forward(x);
+        x = step(index, layer, x);
     }
     if inputs.output_hidden_states {
         hidden_states.push(x.clone());

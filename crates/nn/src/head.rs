@@ -5,15 +5,17 @@ use std::ops::Range;
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData};
 
-use crate::{Activation, Embedding, Init, Linear, Norm, Result, Weights};
+use crate::{Activation, Embedding, EncoderInputs, Init, LayerNorm, Linear, Mlp, Norm, Result, Weights};
 
 /// Which hidden states of a sequence a head reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reads {
     /// Those of every token.
     All,
-    /// That of the first token, whatever it is.
+    /// That in the first place, be it a token or padding.
     First,
+    /// That of the first real token.
+    FirstToken,
     /// That of the last real token.
     Last,
     /// The mean over the real tokens.
@@ -26,18 +28,20 @@ impl Reads {
     pub fn from(self, x: Tensor<3>, tokens: &[Range<usize>]) -> Tensor<3> {
         let [batch, seq, hidden] = x.dims();
         let device = x.device();
+        let one = |x: Tensor<3>, place: fn(&Range<usize>, usize) -> usize| {
+            let ids =
+                (tokens.iter().enumerate()).map(|(row, tokens)| (row * seq + place(tokens, seq)) as i32);
+            let ids = TensorData::new(ids.collect::<Vec<_>>(), [tokens.len()]);
+            let ids = Tensor::<1, Int>::from_data(ids, &device);
+            x.reshape([batch * seq, hidden])
+                .select(0, ids)
+                .reshape([batch, 1, hidden])
+        };
         match self {
             Self::All => x,
             Self::First => x.narrow(1, 0, 1),
-            Self::Last => {
-                let last =
-                    |(row, tokens): (usize, &Range<usize>)| (row * seq + tokens.end.clamp(1, seq) - 1) as i32;
-                let ids: Vec<i32> = tokens.iter().enumerate().map(last).collect();
-                let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [tokens.len()]), &device);
-                x.reshape([batch * seq, hidden])
-                    .select(0, ids)
-                    .reshape([batch, 1, hidden])
-            }
+            Self::FirstToken => one(x, |tokens, seq| tokens.start.min(seq - 1)),
+            Self::Last => one(x, |tokens, seq| tokens.end.clamp(1, seq) - 1),
             Self::Mean => {
                 // The mean as a product, so that padding costs nothing to leave out.
                 let weight = |tokens: &Range<usize>| {
@@ -64,8 +68,14 @@ pub struct Head {
     #[module(skip)]
     act: Option<Activation>,
     norm: Option<Norm>,
+    feed_forward: Option<(Mlp, LayerNorm)>,
     output: Option<Linear>,
+    #[module(skip)]
+    separator: Option<u32>,
 }
+
+/// What is taken from the scores of tokens that must not be answers.
+const NO_ANSWER: f64 = 1e6;
 
 impl Head {
     /// A head that hands on what it reads.
@@ -75,7 +85,9 @@ impl Head {
             dense: None,
             act: None,
             norm: None,
+            feed_forward: None,
             output: None,
+            separator: None,
         }
     }
 
@@ -92,6 +104,19 @@ impl Head {
         self
     }
 
+    /// Adds a feed-forward block as layers have one, with a norm after it.
+    pub fn feed_forward(mut self, mlp: Mlp, norm: LayerNorm) -> Self {
+        self.feed_forward = Some((mlp, norm));
+        self
+    }
+
+    /// Keeps the answer out of the question, which ends with the first `separator`: its tokens, but the first, score
+    /// too low to be chosen.
+    pub fn outside_of_question(mut self, separator: u32) -> Self {
+        self.separator = Some(separator);
+        self
+    }
+
     /// Adds the output layer.
     pub fn output(mut self, output: Linear) -> Self {
         self.output = Some(output);
@@ -99,9 +124,9 @@ impl Head {
     }
 
     /// Hidden states `[batch, seq, hidden_size]` to `[batch, seq, outputs]`, or `[batch, 1, outputs]` where the head
-    /// reads one of a sequence. `tokens` says where each sequence's real tokens lie.
-    pub fn forward(&self, hidden_states: Tensor<3>, tokens: &[Range<usize>]) -> Tensor<3> {
-        let mut x = self.reads.from(hidden_states, tokens);
+    /// reads one of a sequence. `inputs` is what the hidden states are made of.
+    pub fn forward(&self, hidden_states: Tensor<3>, inputs: &EncoderInputs) -> Tensor<3> {
+        let mut x = self.reads.from(hidden_states, &inputs.tokens);
         if let Some(dense) = &self.dense {
             x = dense.forward(x);
         }
@@ -111,11 +136,29 @@ impl Head {
         if let Some(norm) = &self.norm {
             x = norm.forward(x);
         }
-        match &self.output {
-            Some(output) => output.forward(x),
-            None => x,
+        if let Some((mlp, norm)) = &self.feed_forward {
+            x = norm.forward(x.clone() + mlp.forward(x));
         }
+        if let Some(output) = &self.output {
+            x = output.forward(x);
+        }
+        if let Some(separator) = self.separator {
+            let [batch, seq] = inputs.dims();
+            let row = |ids: &Vec<u32>| {
+                let end = question_end(ids, separator);
+                (0..seq).map(move |i| f32::from((1..=end).contains(&i)))
+            };
+            let question: Vec<f32> = inputs.input_ids.iter().flat_map(row).collect();
+            let question = Tensor::<3>::from_data(TensorData::new(question, [batch, seq, 1]), &x.device());
+            x = x.clone() - question.cast(x.dtype()) * NO_ANSWER;
+        }
+        x
     }
+}
+
+/// Where a question ends: the place of the first `separator`, or the first place where there is none.
+pub fn question_end(ids: &[u32], separator: u32) -> usize {
+    ids.iter().position(|id| *id == separator).unwrap_or(0)
 }
 
 /// The output layer over the vocabulary: `table` with `bias` where the two are tied, else `decoder`.

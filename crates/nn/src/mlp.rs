@@ -55,9 +55,10 @@ impl GatedMlp {
         })
     }
 
-    /// Loads `gate_up_proj`, gate rows first, and `down_proj`.
+    /// Loads two layers by the names `[gate_up, down]`; of the first one's rows, the gate's come first.
     pub fn load_fused(
         w: &Weights,
+        [gate_up, down]: [&str; 2],
         hidden: usize,
         intermediate: usize,
         act: Activation,
@@ -66,13 +67,8 @@ impl GatedMlp {
         Ok(Self {
             gate_proj: None,
             up_proj: None,
-            gate_up_proj: Some(Linear::load(
-                &w.pp("gate_up_proj"),
-                hidden,
-                2 * intermediate,
-                bias,
-            )?),
-            down_proj: Linear::load(&w.pp("down_proj"), intermediate, hidden, bias)?,
+            gate_up_proj: Some(Linear::load(&w.pp(gate_up), hidden, 2 * intermediate, bias)?),
+            down_proj: Linear::load(&w.pp(down), intermediate, hidden, bias)?,
             act,
         })
     }
