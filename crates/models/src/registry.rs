@@ -338,8 +338,12 @@ architectures! {
         DistilBert(distilbert) = "distilbert";
         /// ELECTRA.
         Electra(electra) = "electra";
+        /// ModernBERT.
+        ModernBert(modernbert) = "modernbert";
         /// MPNet.
         MpNet(mpnet) = "mpnet";
+        /// Nomic Embed.
+        NomicBert(nomic_bert) = "nomic_bert";
         /// RoBERTa, XLM-RoBERTa and CamemBERT.
         Roberta(roberta) = "roberta" | "xlm-roberta" | "camembert";
     }
