@@ -31,6 +31,7 @@ pub mod bart;
 pub mod bert;
 pub mod bloom;
 pub mod cohere;
+pub mod deberta_v2;
 pub mod deepseek_v3;
 pub mod distilbert;
 pub mod electra;

@@ -334,6 +334,8 @@ architectures! {
         Albert(albert) = "albert";
         /// BERT.
         Bert(bert) = "bert";
+        /// DeBERTa-v2 and v3.
+        DebertaV2(deberta_v2) = "deberta-v2";
         /// DistilBERT.
         DistilBert(distilbert) = "distilbert";
         /// ELECTRA.
