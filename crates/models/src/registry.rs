@@ -334,12 +334,16 @@ architectures! {
         Albert(albert) = "albert";
         /// BERT.
         Bert(bert) = "bert";
+        /// BigBird.
+        BigBird(big_bird) = "big_bird";
         /// DeBERTa-v2 and v3.
         DebertaV2(deberta_v2) = "deberta-v2";
         /// DistilBERT.
         DistilBert(distilbert) = "distilbert";
         /// ELECTRA.
         Electra(electra) = "electra";
+        /// Longformer.
+        Longformer(longformer) = "longformer";
         /// ModernBERT.
         ModernBert(modernbert) = "modernbert";
         /// MPNet.

@@ -5,6 +5,7 @@
 //! [`Context`] per forward pass: positions, masks, rotary tables and the [`Cache`].
 
 pub mod attention;
+pub mod blocks;
 pub mod cache;
 pub mod context;
 pub mod cross_attention;
@@ -26,6 +27,7 @@ pub mod stack;
 pub mod weights;
 
 pub use attention::{Attention, AttentionConfig, Projection, QkNorm};
+pub use blocks::BlockWindows;
 pub use cache::{Cache, CacheKind};
 pub use context::Context;
 pub use cross_attention::CrossAttention;
