@@ -12,8 +12,8 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::registry::AnyEncoder;
 use crate::tasks::{
-    Labels, MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining, QuestionAnswering,
-    SequenceClassification, Task, TaskType, TokenClassification,
+    DocumentQuestionAnswering, Labels, MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining,
+    QuestionAnswering, SequenceClassification, Task, TaskType, TokenClassification,
 };
 use crate::{AutoConfig, auto};
 
@@ -130,6 +130,8 @@ pub type AutoModelForSequenceClassification = AutoModelFor<SequenceClassificatio
 pub type AutoModelForTokenClassification = AutoModelFor<TokenClassification>;
 /// Finds the answer to a question in a text.
 pub type AutoModelForQuestionAnswering = AutoModelFor<QuestionAnswering>;
+/// Finds the answer to a question in a document.
+pub type AutoModelForDocumentQuestionAnswering = AutoModelFor<DocumentQuestionAnswering>;
 /// Chooses between continuations of a text.
 pub type AutoModelForMultipleChoice = AutoModelFor<MultipleChoice>;
 /// Says whether a text follows another.

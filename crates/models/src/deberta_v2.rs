@@ -143,7 +143,8 @@ struct Relative {
 #[derive(Module, Debug)]
 pub struct DisentangledAttention {
     content: Attention,
-    /// Keys of distances, which queries of tokens meet; none where they are made as those of tokens are.
+    /// Keys of distances, which queries of tokens meet. Where there are neither these nor queries of distances, both are
+    /// made as those of tokens are.
     pos_key: Option<Linear>,
     /// Queries of distances, which meet keys of tokens.
     pos_query: Option<Linear>,
@@ -177,10 +178,13 @@ impl DisentangledAttention {
     /// What distances add to the scores: `[batch, heads, seq, seq]`.
     fn bias(&self, [q, k, _]: &[Tensor<4>; 3], relative: &Relative) -> Option<Tensor<4>> {
         let [batch, heads, seq, _] = q.dims();
-        let shared = || self.content.project(relative.table.clone());
-        let of_distances = |linear: &Option<Linear>, part: usize| match linear {
-            Some(linear) => split_heads(linear.forward(relative.table.clone()), self.parts.heads),
-            None => shared()[part].clone(),
+        let of = |linear: &Linear| split_heads(linear.forward(relative.table.clone()), self.parts.heads);
+        let (query, key) = match (&self.pos_query, &self.pos_key) {
+            (None, None) => {
+                let [query, key, _] = self.content.project(relative.table.clone());
+                (Some(query), Some(key))
+            }
+            (query, key) => (query.as_ref().map(of), key.as_ref().map(of)),
         };
         // Scores of tokens and distances, of which each pair takes the one that is its own.
         let scores = |tokens: &Tensor<4>, distances: Tensor<4>, rows: Tensor<2, Int>| {
@@ -189,12 +193,10 @@ impl DisentangledAttention {
                 .matmul(distances.swap_dims(2, 3))
                 .gather(3, rows)
         };
-        let to_position = (self.parts.content_to_position)
-            .then(|| scores(q, of_distances(&self.pos_key, 1), relative.rows.clone()));
-        let to_content = self.parts.position_to_content.then(|| {
-            let rows = relative.rows.clone().transpose();
-            scores(k, of_distances(&self.pos_query, 0), rows).swap_dims(2, 3)
-        });
+        let to_position =
+            (key.filter(|_| self.parts.content_to_position)).map(|key| scores(q, key, relative.rows.clone()));
+        let to_content = (query.filter(|_| self.parts.position_to_content))
+            .map(|query| scores(k, query, relative.rows.clone().transpose()).swap_dims(2, 3));
         match (to_position, to_content) {
             (Some(a), Some(b)) => Some(a + b),
             (a, b) => a.or(b),
@@ -447,11 +449,49 @@ impl EncoderArchitecture for Config {
             Task::MultipleChoice => of_text(1)?,
             Task::TokenClassification => of_tokens().output(linear("classifier", labels)?),
             Task::QuestionAnswering => of_tokens().output(linear("qa_outputs", 2)?),
-            Task::Base | Task::NextSentencePrediction | Task::PreTraining => return Ok(None),
+            Task::Base
+            | Task::DocumentQuestionAnswering
+            | Task::NextSentencePrediction
+            | Task::PreTraining => return Ok(None),
         }))
     }
 
     fn max_position_embeddings(&self) -> Option<usize> {
         Some(self.bert.max_position_embeddings)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn borders_of_buckets_are_those_of_pytorch() {
+        let borders = |buckets: usize, most: usize, until: isize| {
+            let distances = Distances {
+                span: buckets,
+                buckets: Some((buckets, most)),
+            };
+            for distance in 0..until {
+                // Those to the other side mirror them, but for the last.
+                let (before, after) = (distances.row(distance), distances.row(-distance));
+                assert_eq!(after, (2 * buckets - before).min(2 * buckets - 1));
+            }
+            let first = buckets as isize / 2 + 1;
+            let far = (first..until).filter(|d| distances.row(*d) != distances.row(d - 1));
+            far.collect::<Vec<_>>()
+        };
+        let few = [17, 19, 22, 25, 28, 32, 37, 43, 49, 56, 64, 74, 84, 97, 111];
+        assert_eq!(borders(32, 128, 128), few);
+        let many = [
+            129, 130, 131, 133, 134, 136, 137, 139, 140, 142, 143, 145, 146, 148, 150, 151, 153, 155, 156,
+            158, 160, 161, 163, 165, 167, 169, 170, 172, 174, 176, 178, 180, 182, 184, 186, 188, 190, 192,
+            194, 196, 198, 201, 203, 205, 207, 210, 212, 214, 216, 219, 221, 224, 226, 229, 231, 234, 236,
+            239, 241, 244, 247, 249, 252, 255, 258, 260, 263, 266, 269, 272, 275, 278, 281, 284, 287, 290,
+            294, 297, 300, 303, 307, 310, 313, 317, 320, 324, 327, 331, 335, 338, 342, 346, 349, 353, 357,
+            361, 365, 369, 373, 377, 381, 385, 390, 394, 398, 403, 407, 411, 416, 420, 425, 430, 434, 439,
+            444, 449, 454, 459, 464, 469, 474, 479, 484, 490, 495, 500, 506,
+        ];
+        assert_eq!(borders(256, 512, 512), many);
     }
 }

@@ -45,6 +45,7 @@ pub mod gpt_neox;
 pub mod gpt_oss;
 pub mod gptj;
 pub mod granite;
+pub mod layoutlm;
 pub mod llama;
 pub mod longformer;
 pub mod m2m_100;
@@ -76,10 +77,10 @@ pub mod umt5;
 
 pub use auto::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM};
 pub use auto_encoder::{
-    AutoModel, AutoModelFor, AutoModelForMaskedLM, AutoModelForMultipleChoice,
-    AutoModelForNextSentencePrediction, AutoModelForPreTraining, AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification, AutoModelForTextEncoding, AutoModelForTokenClassification,
-    BaseModelOutput, ModelOutput,
+    AutoModel, AutoModelFor, AutoModelForDocumentQuestionAnswering, AutoModelForMaskedLM,
+    AutoModelForMultipleChoice, AutoModelForNextSentencePrediction, AutoModelForPreTraining,
+    AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoModelForTextEncoding,
+    AutoModelForTokenClassification, BaseModelOutput, ModelOutput,
 };
 pub use error::Error;
 pub use oxiformers_nn as nn;

@@ -1,7 +1,7 @@
 //! Longformer (Beltagy et al., 2020): RoBERTa whose tokens see a window each, and a few global tokens that all others
 //! see, and that see all others through projections of their own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -91,7 +91,7 @@ struct Globals {
 
 impl Globals {
     /// None where there are none.
-    fn new(inputs: &EncoderInputs, windows: impl Iterator<Item = usize>, device: &Device) -> Option<Self> {
+    fn new(inputs: &EncoderInputs, windows: BTreeSet<usize>, device: &Device) -> Option<Self> {
         let [batch, seq] = inputs.dims();
         let places = (inputs.tokens.iter().zip(&inputs.global_attention_mask)).map(|(tokens, mask)| {
             let global = mask.iter().enumerate().filter(|(_, global)| **global != 0);
@@ -122,7 +122,7 @@ impl Globals {
             .iter()
             .map(|places| places.iter().map(key).collect())
             .collect();
-        let windows = windows.map(|window| {
+        let windows = windows.into_iter().map(|window| {
             let reach = window / 2;
             let windows = BlockWindows::new(&inputs.tokens, seq, reach, &keys, Some(reach), device);
             (window, windows)
@@ -182,7 +182,7 @@ impl Backbone for Model {
             inputs.check("global_attention_mask", &inputs.global_attention_mask)?;
         }
         let windows = self.layers.iter().map(|layer| layer.attention.window);
-        let globals = Globals::new(inputs, windows, device);
+        let globals = Globals::new(inputs, windows.collect(), device);
         let cx = &mut inputs.context(device);
         Ok(run_layers(&self.layers, x, inputs, |_, layer, x| {
             layer.forward_with(x, |attention, x| attention.forward(x, cx, globals.as_ref()))

@@ -342,6 +342,8 @@ architectures! {
         DistilBert(distilbert) = "distilbert";
         /// ELECTRA.
         Electra(electra) = "electra";
+        /// LayoutLM.
+        LayoutLm(layoutlm) = "layoutlm";
         /// Longformer.
         Longformer(longformer) = "longformer";
         /// ModernBERT.

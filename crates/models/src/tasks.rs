@@ -18,6 +18,7 @@ pub enum Task {
     SequenceClassification,
     TokenClassification,
     QuestionAnswering,
+    DocumentQuestionAnswering,
     MultipleChoice,
     NextSentencePrediction,
     /// What an architecture was trained on, if that is none of the others.
@@ -63,10 +64,9 @@ tasks! {
     /// What each token is: `[batch, seq, num_labels]`.
     TokenClassification -> Tensor<3>: |x, _| Ok(x);
     /// Where in a text the answer to a question begins and ends.
-    QuestionAnswering -> SpanLogits: |x, _| Ok(SpanLogits {
-        start_logits: x.clone().narrow(2, 0, 1).squeeze_dim(2),
-        end_logits: x.narrow(2, 1, 1).squeeze_dim(2),
-    });
+    QuestionAnswering -> SpanLogits: |x, _| Ok(SpanLogits::new(x));
+    /// The same in a document, of whose tokens it is known where they stand.
+    DocumentQuestionAnswering -> SpanLogits: |x, _| Ok(SpanLogits::new(x));
     /// Which of several continuations is the right one: `[questions, choices]`.
     MultipleChoice -> Tensor<2>: |x, inputs| {
         let rows = x.dims()[0];
@@ -90,6 +90,17 @@ pub struct SpanLogits {
     pub start_logits: Tensor<2>,
     /// `[batch, seq]`.
     pub end_logits: Tensor<2>,
+}
+
+impl SpanLogits {
+    /// From `[batch, seq, 2]`.
+    fn new(x: Tensor<3>) -> Self {
+        let of = |index| x.clone().narrow(2, index, 1).squeeze_dim(2);
+        Self {
+            start_logits: of(0),
+            end_logits: of(1),
+        }
+    }
 }
 
 /// How the logits of a text's classes are meant.

@@ -13,8 +13,8 @@ use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
 use oxiformers_models::nn::{EncoderInputs, LoadOptions};
 use oxiformers_models::tasks::{
-    MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining, QuestionAnswering, SequenceClassification,
-    SpanLogits, TaskType, TokenClassification,
+    DocumentQuestionAnswering, MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining,
+    QuestionAnswering, SequenceClassification, SpanLogits, TaskType, TokenClassification,
 };
 use oxiformers_models::{AutoModel, AutoModelFor, Error, Task};
 
@@ -85,8 +85,14 @@ fn batches(reference: &Reference, types: bool) -> [(EncoderInputs, &'static str)
     [("input_ids", whole, ""), ("padded_ids", mask, ".padded")].map(|(name, mask, what)| {
         let inputs = EncoderInputs::with_mask(ids(name), &mask).expect("mask");
         let token_type_ids = if types { ids("token_type_ids") } else { Vec::new() };
+        let bbox = reference.contains("bbox").then(|| reference.ids("bbox"));
+        let boxes = bbox.unwrap_or_default().into_iter();
+        let boxes: Vec<[u32; 4]> = boxes
+            .map(|place| [0, 1, 2, 3].map(|side| place[side] as u32))
+            .collect();
         let inputs = EncoderInputs {
             token_type_ids,
+            bbox: boxes.chunks(inputs.dims()[1]).map(<[_]>::to_vec).collect(),
             output_hidden_states: true,
             ..inputs
         };
@@ -231,6 +237,7 @@ fn hidden_states_and_logits_equal_transformers() {
             of(compare::<SequenceClassification>),
             of(compare::<TokenClassification>),
             of(compare::<QuestionAnswering>),
+            of(compare::<DocumentQuestionAnswering>),
             of(compare::<MultipleChoice>),
             of(compare::<NextSentencePrediction>),
             of(compare::<PreTraining>),
@@ -414,4 +421,28 @@ fn rotary_positions_can_be_given() {
     assert!(largest_difference(&plain, &apart) > 1e-2);
     let error = with(vec![vec![0]]).expect_err("misshapen").to_string();
     assert!(error.contains("position_ids"), "{error}");
+}
+
+#[test]
+fn boxes_that_do_not_fit_are_errors() {
+    let dir = fixture("layoutlm");
+    let files = model(&dir, &with_head(&tensors(&dir), "MaskedLM"));
+    let model = AutoModel::from_files(&files, &LoadOptions::default()).expect("model");
+    let with = |bbox: Vec<Vec<[u32; 4]>>| {
+        let inputs = EncoderInputs {
+            bbox,
+            ..EncoderInputs::padded(&[vec![5, 6]], 0)
+        };
+        (model.forward(&inputs).map(drop)).map_err(|error| error.to_string())
+    };
+    assert_eq!(with(vec![]), Ok(()));
+    assert_eq!(with(vec![vec![[1, 2, 3, 4], [39; 4]]]), Ok(()));
+    for bbox in [
+        vec![vec![[0; 4]]],
+        vec![vec![[0, 0, 0, 40]; 2]],
+        vec![vec![[5, 0, 4, 0]; 2]],
+    ] {
+        let error = with(bbox).expect_err("bbox");
+        assert!(error.contains("bbox"), "{error}");
+    }
 }

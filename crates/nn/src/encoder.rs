@@ -22,6 +22,9 @@ pub struct EncoderInputs {
     /// Which tokens see all others and are seen by them (1), where the others see a window only, as in Longformer;
     /// empty for those that the task asks for.
     pub global_attention_mask: Vec<Vec<u32>>,
+    /// Where on a page each token stands, as [left, upper, right, lower], each from 0 to 1000, for architectures that read
+    /// documents; empty where nothing is known.
+    pub bbox: Vec<Vec<[u32; 4]>>,
     /// How many rows belong together as choices of one question; 0 means all of them.
     pub num_choices: usize,
     /// Whether the hidden states of every layer are kept.

@@ -1,4 +1,4 @@
-//! Ask a model a question: `cargo run --release --example chat -- "Why is the sky blue?"`
+//! Ask a model a question: `cargo run --release -p oxiformers --example chat -- "Why is the sky blue?"`
 
 use std::io::Write;
 use std::ops::ControlFlow;

@@ -1,5 +1,5 @@
 //! What long texts cost: BigBird's blocks and Longformer's windows against attention over everything, two layers each of
-//! the usual size. `cargo run --release --example long_encoders -- 1024 2048 4096 8192`
+//! the usual size. `cargo run --release -p oxiformers --example long_encoders -- 1024 2048 4096 8192`
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! Continue a text as an async stream: `cargo run --release --example stream -- MODEL "Once upon a time"`
+//! Continue a text as an async stream: `cargo run --release -p oxiformers --example stream -- MODEL "Once upon a time"`
 
 use std::pin::pin;
 

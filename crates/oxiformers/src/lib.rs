@@ -46,10 +46,11 @@ pub use generate::{
 };
 pub use language_model::LanguageModel;
 pub use models::{
-    AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForMaskedLM,
-    AutoModelForMultipleChoice, AutoModelForNextSentencePrediction, AutoModelForPreTraining,
-    AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
-    AutoModelForTextEncoding, AutoModelForTokenClassification, CausalLM, Labels, ProblemType, Seq2SeqLM,
+    AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForDocumentQuestionAnswering,
+    AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification, AutoModelForTextEncoding, AutoModelForTokenClassification, CausalLM,
+    Labels, ProblemType, Seq2SeqLM,
 };
 pub use nn::{EncoderInputs, LoadOptions};
 pub use perplexity::{Perplexity, perplexity};
