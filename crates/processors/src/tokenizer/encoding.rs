@@ -163,6 +163,16 @@ impl Encoding {
         })
     }
 
+    /// The characters of a word of a text (`sequence` 0, or 1 for the second of a pair), as far as they are in this window.
+    pub fn word_to_chars(&self, word: u32, sequence: usize) -> Option<(usize, usize)> {
+        let of_word = |at: &usize| {
+            self.word_ids.get(*at) == Some(&Some(word)) && self.sequence_ids.get(*at) == Some(&Some(sequence))
+        };
+        let first = (0..self.len()).find(of_word)?;
+        let last = (0..self.len()).rev().find(of_word)?;
+        Some((self.offsets.get(first)?.0, self.offsets.get(last)?.1))
+    }
+
     /// Fills up to `length` tokens. Windows that were cut off are filled too.
     pub(super) fn pad(&mut self, length: usize, side: Side, id: u32, type_id: u32) {
         for window in &mut self.overflowing {

@@ -33,7 +33,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 use tokenizers::models::ModelWrapper;
-use tokenizers::{DecoderWrapper, PostProcessorWrapper};
+use tokenizers::{Decoder, DecoderWrapper, PostProcessorWrapper};
 
 pub use config::{Side, TokenizerConfig};
 pub use encoding::{
@@ -188,6 +188,29 @@ impl Tokenizer {
     /// The text of a token in the vocabulary (bytes in the vocabulary's own spelling).
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.backend.id_to_token(id)
+    }
+
+    /// The text that tokens make, given by their names in the vocabulary: Python's `convert_tokens_to_string`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenize`] when the tokenizer's decoder refuses.
+    pub fn tokens_to_text(&self, tokens: Vec<String>) -> Result<String> {
+        match self.inner.backend.get_decoder() {
+            Some(decoder) => decoder.decode(tokens).map_err(Error::tokenize),
+            None => Ok(tokens.join(" ")),
+        }
+    }
+
+    /// Whether the names of tokens that go on within a word say so (`##ing`).
+    pub fn marks_subwords(&self) -> bool {
+        match self.inner.backend.get_model() {
+            Model::Library(ModelWrapper::WordPiece(model)) => !model.continuing_subword_prefix.is_empty(),
+            Model::Library(ModelWrapper::BPE(model)) => model
+                .continuing_subword_prefix
+                .as_ref()
+                .is_some_and(|p| !p.is_empty()),
+            _ => false,
+        }
     }
 
     /// The bytes that a token stands for within a text; of special tokens, those of their names.
