@@ -17,34 +17,25 @@
 //! ```
 //!
 //! [`LanguageModel`] puts the parts together that a checkpoint consists of, [`Seq2SeqModel`] those of an
-//! encoder-decoder. The parts live in rooms of their own,
-//! re-exported here: [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
+//! encoder-decoder. A [`Pipeline`] does a whole task, from raw input to an answer. The parts live in rooms of their own,
+//! re-exported here: [`pipelines`] holds the tasks, [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
 //! holds the architectures, [`nn`] their layers, [`generate`] the decoding loop.
 
-mod auto;
-mod conversation;
 pub mod device;
-mod error;
-mod language_model;
 mod perplexity;
-mod sentence_encoder;
-mod seq2seq_model;
 
 pub use oxiformers_generate as generate;
 pub use oxiformers_hub as hub;
 pub use oxiformers_models as models;
 pub use oxiformers_nn as nn;
+pub use oxiformers_pipelines as pipelines;
 pub use oxiformers_processors as processors;
 
-pub use auto::FromPretrained;
 pub use burn::tensor::FloatDType;
-pub use conversation::Conversation;
-pub use error::{Error, Result};
 pub use futures::executor::block_on;
 pub use generate::{
     Constraint, Draft, FinishReason, Generated, GenerationConfig, Generator, Grammar, Step, Token,
 };
-pub use language_model::LanguageModel;
 pub use models::{
     AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForDocumentQuestionAnswering,
     AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForNextSentencePrediction,
@@ -54,6 +45,12 @@ pub use models::{
 };
 pub use nn::{EncoderInputs, LoadOptions};
 pub use perplexity::{Perplexity, perplexity};
+#[cfg(all(feature = "fetch", not(target_arch = "wasm32")))]
+pub use pipelines::pipeline;
+pub use pipelines::{
+    AnyPipeline, Conversation, Embeddings, Error, FeatureExtraction, FillMask, FromPretrained, LanguageModel,
+    OneOrMany, Pipeline, QuestionAnswering, Reranking, Result, SentenceEncoder, SentenceSimilarity,
+    Seq2SeqModel, Summarization, Task, Text2TextGeneration, TextClassification, TextGeneration,
+    TokenClassification, Translation, ZeroShotClassification, tasks,
+};
 pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer, Tokenizer as AutoTokenizer};
-pub use sentence_encoder::SentenceEncoder;
-pub use seq2seq_model::Seq2SeqModel;

@@ -46,8 +46,8 @@ pub async fn perplexity(
             let input: Vec<i32> = chunk.iter().map(|id| *id as i32).collect();
             let input = Tensor::<2, Int>::from_data(TensorData::new(input, [1, chunk.len()]), &device);
             let logits = model.forward(input, &mut cache, LogitsFor::All);
-            let logits = logits.into_data_async().await.map_err(crate::Error::device)?;
-            let logits: Vec<f32> = logits.try_to_vec().map_err(crate::Error::device)?;
+            let logits = logits.into_data_async().await.map_err(crate::Error::read_back)?;
+            let logits: Vec<f32> = logits.try_to_vec().map_err(crate::Error::read_back)?;
             let targets = &window[index * CHUNK + 1..];
             for (row, target) in logits.chunks_exact(vocab).zip(targets) {
                 sum += negative_log_likelihood(row, *target as usize);

@@ -85,7 +85,7 @@ impl SentenceEncoder {
             let inputs = EncoderInputs::padded(&rows, pad);
             let x = self.model.forward(&inputs, prompt_tokens)?;
             let width = x.dims()[1].max(1);
-            let values = x.into_data_async().await.map_err(Error::device)?;
+            let values = x.into_data_async().await.map_err(Error::read_back)?;
             let values: Vec<f32> = values.iter::<f32>().collect();
             for (row, values) in batch.iter().zip(values.chunks(width)) {
                 embeddings[*row] = values.to_vec();
