@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use oxiformers::Task;
 
 /// Hugging Face Transformers, in Rust: chat with, run and inspect open models.
 #[derive(Debug, Parser)]
@@ -18,6 +19,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Continue a prompt, or answer it with an encoder-decoder.
     Generate(GenerateArgs),
+    /// Do a task: classify texts, find answers, translate, embed and more.
+    Pipeline(Box<PipelineArgs>),
     /// Measure how well a model predicts a text.
     Perplexity(PerplexityArgs),
     /// Measure how fast a model runs here.
@@ -151,6 +154,120 @@ pub struct GenerateArgs {
     pub run: RunArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct PipelineArgs {
+    #[arg(help = format!("One of {}", Task::names().join(", ")))]
+    pub task: String,
+    /// What to do it with: texts, or JSON where the task takes more than a text (question-answering: an object with
+    /// question and context). Without any, --file or standard input is read.
+    pub inputs: Vec<String>,
+    #[arg(long, help = format!("{MODEL_HELP} [default: what Transformers takes for the task]"))]
+    pub model: Option<String>,
+    /// Read inputs from a file, one per line or row.
+    #[arg(long, value_name = "FILE", conflicts_with = "inputs")]
+    pub file: Option<PathBuf>,
+    /// What the file, or standard input, is [default: as the file's name ends; txt].
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
+    /// Where in a row of the file the text stands.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub column: String,
+    /// How many inputs of similar length are run at a time [default: 32; 8 where text is generated].
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub batch_size: Option<usize>,
+    /// Print the answer to each input as a line of JSON, as Transformers' pipelines give it.
+    #[arg(long)]
+    pub json: bool,
+    /// Write these lines to a file; the same command goes on where it was stopped.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub options: TaskArgs,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A text per line.
+    Txt,
+    /// A JSON value per line: a text, or an object.
+    Jsonl,
+    /// Rows under a line of names.
+    Csv,
+    /// Rows of columns.
+    Parquet,
+}
+
+/// What tasks can be asked for.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Task")]
+pub struct TaskArgs {
+    /// How many answers to give, or `all`.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<String>,
+    /// Cut texts that are too long for the model.
+    #[arg(long)]
+    pub truncation: bool,
+    /// text-classification, reranking: sigmoid, softmax or none.
+    #[arg(long, value_name = "NAME")]
+    pub function_to_apply: Option<String>,
+    /// token-classification: none, simple, first, average or max.
+    #[arg(long, value_name = "NAME")]
+    pub aggregation_strategy: Option<String>,
+    /// token-classification: labels to leave out, with commas between them.
+    #[arg(long, value_name = "LABELS", value_delimiter = ',')]
+    pub ignore_labels: Option<Vec<String>>,
+    /// token-classification: read long texts in windows that share N tokens.
+    #[arg(long, value_name = "N")]
+    pub stride: Option<usize>,
+    /// question-answering: what to ask of each text.
+    #[arg(long, value_name = "TEXT")]
+    pub question: Option<String>,
+    /// question-answering: how many tokens windows share.
+    #[arg(long, value_name = "N")]
+    pub doc_stride: Option<usize>,
+    /// question-answering: the longest answer in tokens.
+    #[arg(long, value_name = "N")]
+    pub max_answer_len: Option<usize>,
+    /// question-answering: allow that there is no answer.
+    #[arg(long)]
+    pub handle_impossible_answer: bool,
+    /// fill-mask: the only words to choose from, with commas between them.
+    #[arg(long, value_name = "WORDS", value_delimiter = ',')]
+    pub targets: Option<Vec<String>>,
+    /// zero-shot-classification: labels to choose from, with commas between them.
+    #[arg(long, value_name = "LABELS", value_delimiter = ',')]
+    pub candidate_labels: Option<Vec<String>>,
+    /// zero-shot-classification: the sentence about a label, with {} for the label.
+    #[arg(long, value_name = "TEXT")]
+    pub hypothesis_template: Option<String>,
+    /// zero-shot-classification: several labels may fit.
+    #[arg(long)]
+    pub multi_label: bool,
+    /// text-generation: take each text as a user's message.
+    #[arg(long)]
+    pub chat: bool,
+    /// translation: the language of the texts.
+    #[arg(long, value_name = "LANG")]
+    pub src_lang: Option<String>,
+    /// translation: the language to translate into.
+    #[arg(long, value_name = "LANG")]
+    pub tgt_lang: Option<String>,
+    /// Most new tokens, where text is generated.
+    #[arg(long, value_name = "N")]
+    pub max_new_tokens: Option<usize>,
+    /// sentence-similarity: the sentence that all texts are compared with.
+    #[arg(long, value_name = "TEXT")]
+    pub source_sentence: Option<String>,
+    /// reranking: what to look for in all texts.
+    #[arg(long, value_name = "TEXT")]
+    pub query: Option<String>,
+    /// Any other option of the task, or setting of generation, such as num_beams=2; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
 }
 
 #[derive(Debug, Args)]

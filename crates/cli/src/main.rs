@@ -8,7 +8,10 @@ mod generate;
 mod hub;
 mod inspect;
 mod interrupt;
+mod job;
 mod perplexity;
+mod pipeline;
+mod records;
 mod session;
 
 use std::process::ExitCode;
@@ -65,6 +68,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Chat(args) => chat::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Pipeline(args) => pipeline::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),

@@ -140,18 +140,26 @@ const DRAWING: [&str; 8] = [
     "eta_cutoff",
 ];
 
+/// Reads `name=value`, the value in JSON or a plain text.
+pub fn setting(text: &str) -> anyhow::Result<(&str, Value)> {
+    let Some((name, value)) = text.split_once('=') else {
+        bail!("`{text}`: write it as name=value, such as temperature=0.2");
+    };
+    let value = value.trim();
+    Ok((
+        name.trim(),
+        serde_json::from_str(value).unwrap_or_else(|_| value.into()),
+    ))
+}
+
 /// Changes a setting by `name=value`, the value in JSON or a plain text.
 pub fn set(config: &GenerationConfig, setting: &str) -> anyhow::Result<GenerationConfig> {
-    let Some((name, value)) = setting.split_once('=') else {
-        bail!("`{setting}`: write it as name=value, such as temperature=0.2");
-    };
-    let (name, value) = (name.trim(), value.trim());
+    let (name, value) = self::setting(setting)?;
     let mut fields = settings(config)?;
     if !fields.contains_key(name) {
         let names = fields.keys().map(String::as_str).collect::<Vec<_>>();
         bail!("there is no setting `{name}`; it is one of {}", names.join(", "));
     }
-    let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
     fields.insert(name.to_string(), value);
     if DRAWING.contains(&name) {
         fields.insert("do_sample".into(), true.into());

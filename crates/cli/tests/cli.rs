@@ -451,3 +451,280 @@ fn env_does_not_load_anything() {
     oxiformers().arg("env").assert().success();
     assert!(begin.elapsed() < Duration::from_secs(5));
 }
+
+/// A folder with a tiny model of the pipelines' tests.
+fn pipeline_model(name: &str) -> tempfile::TempDir {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../pipelines/tests/fixtures");
+    let model = fixtures.join("models").join(name);
+    let tokenizer = std::fs::read_to_string(model.join("tokenizer")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for from in [model, fixtures.join("tokenizers").join(tokenizer)] {
+        for entry in std::fs::read_dir(from).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    folder
+}
+
+fn pipeline(task: &str, model: &tempfile::TempDir) -> Command {
+    let mut command = oxiformers();
+    command.args(["pipeline", task, "--model"]).arg(model.path());
+    command
+}
+
+fn json_lines(command: &mut Command) -> Vec<Value> {
+    let output = command.assert().success().get_output().stdout.clone();
+    let text = String::from_utf8(output).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn pipelines_read_arguments_files_and_pipes() {
+    let model = pipeline_model("distilbert-moods");
+    let texts = ["I love it, and 😀", "so, so", "commas \"and quotes\""];
+    let from_arguments = json_lines(pipeline("sentiment-analysis", &model).arg("--json").args(texts));
+    assert_eq!(from_arguments.len(), 3);
+    assert!(from_arguments[0]["label"].is_string() && from_arguments[0]["score"].is_number());
+
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+    let files = [
+        write("texts.txt", texts.join("\n")),
+        write(
+            "texts.jsonl",
+            texts.map(|text| serde_json::json!(text).to_string()).join("\n"),
+        ),
+        write(
+            "rows.jsonl",
+            texts
+                .map(|text| serde_json::json!({"id": 1, "text": text}).to_string())
+                .join("\n"),
+        ),
+        write(
+            "rows.csv",
+            format!(
+                "id,text\n{}\n",
+                texts.map(|text| format!("7,{}", quoted(text))).join("\r\n")
+            ),
+        ),
+    ];
+    for file in &files {
+        for batch_size in ["1", "2", "64"] {
+            let mut command = pipeline("text-classification", &model);
+            command
+                .args(["--json", "--batch-size", batch_size, "--file"])
+                .arg(file);
+            let answers = json_lines(&mut command);
+            for (a, b) in answers.iter().zip(&from_arguments) {
+                assert_eq!(a["label"], b["label"], "{}", file.display());
+                assert!((a["score"].as_f64().unwrap() - b["score"].as_f64().unwrap()).abs() < 1e-5);
+            }
+            assert_eq!(answers.len(), 3);
+        }
+    }
+    let piped = json_lines(
+        pipeline("text-classification", &model)
+            .arg("--json")
+            .write_stdin(texts.join("\n")),
+    );
+    assert_eq!(piped[2]["label"], from_arguments[2]["label"]);
+    pipeline("text-classification", &model)
+        .args(["--top-k", "all", "so, so"])
+        .assert()
+        .success()
+        .stdout(contains("happy\t0.").and(contains("sad\t0.")));
+
+    let fails = |command: &mut Command, message: &str| {
+        command
+            .assert()
+            .failure()
+            .stderr(contains(message).and(contains("panicked").not()));
+    };
+    fails(pipeline("sing", &model).arg("x"), "sentiment-analysis");
+    fails(
+        pipeline("text-classification", &model)
+            .arg("--file")
+            .arg(&files[3])
+            .args(["--column", "words"]),
+        "id, text",
+    );
+    fails(
+        pipeline("text-classification", &model).args(["--file", "no-such.csv"]),
+        "no-such.csv",
+    );
+    fails(
+        pipeline("text-classification", &model).args(["--set", "top_q=3", "x"]),
+        "top_q",
+    );
+    fails(
+        pipeline("text-classification", &model).args(["x", &"long ".repeat(90)]),
+        "input 2: has",
+    );
+    pipeline("text-classification", &model)
+        .args(["--truncation", "x", &"long ".repeat(90)])
+        .assert()
+        .success()
+        .stderr(contains("1 of 2 inputs were cut to 64 tokens"));
+    let uneven = write("uneven.csv", "id,text\n1\n".to_string());
+    fails(
+        pipeline("text-classification", &model).arg("--file").arg(uneven),
+        "row 1",
+    );
+    let broken = write("broken.jsonl", "\"x\"\n{".to_string());
+    fails(
+        pipeline("text-classification", &model).arg("--file").arg(broken),
+        "line 2",
+    );
+}
+
+#[test]
+fn pipelines_take_more_than_texts() {
+    let model = pipeline_model("bert-qa");
+    let context = "Wolfgang lives in Berlin.";
+    let object = serde_json::json!({"question": "Where?", "context": context}).to_string();
+    let by_flag =
+        json_lines(pipeline("question-answering", &model).args(["--json", "--question", "Where?", context]));
+    let by_json = json_lines(pipeline("question-answering", &model).args(["--json", &object]));
+    let by_pipe = json_lines(
+        pipeline("question-answering", &model)
+            .arg("--json")
+            .write_stdin(object.as_str()),
+    );
+    assert_eq!(by_flag, by_json);
+    assert_eq!(by_flag, by_pipe);
+    let (start, end) = (
+        by_flag[0]["start"].as_u64().unwrap(),
+        by_flag[0]["end"].as_u64().unwrap(),
+    );
+    assert_eq!(by_flag[0]["answer"], context[start as usize..end as usize]);
+    pipeline("question-answering", &model)
+        .arg(context)
+        .assert()
+        .failure()
+        .stderr(contains("--question"));
+
+    let model = pipeline_model("bert-ner");
+    let words = json_lines(pipeline("ner", &model).args([
+        "--json",
+        "--aggregation-strategy",
+        "first",
+        r#"["New", "York"]"#,
+    ]));
+    let text =
+        json_lines(pipeline("ner", &model).args(["--json", "--aggregation-strategy", "first", "New York"]));
+    assert_eq!(words, text);
+
+    let model = pipeline_model("bert-rank");
+    let ranked =
+        json_lines(pipeline("reranking", &model).args(["--json", "--query", "Where?", "a", "Berlin", "c"]));
+    assert_eq!(ranked.len(), 1);
+    assert_eq!(ranked[0].as_array().unwrap().len(), 3);
+
+    let model = pipeline_model("bert");
+    let similar = ["--json", "--source-sentence", "a fox", "a fox", "Berlin"];
+    let scores = json_lines(pipeline("sentence-similarity", &model).args(similar));
+    assert!((scores[0][0].as_f64().unwrap() - 1.0).abs() < 1e-5);
+
+    let model = pipeline_model("bert-nli");
+    pipeline("zero-shot-classification", &model)
+        .args(["--candidate-labels", "sports,politics", "The match was lost."])
+        .assert()
+        .success()
+        .stdout(contains("sports\t").and(contains("politics\t")));
+
+    let model = pipeline_model("llama");
+    let greedy = ["--json", "--max-new-tokens", "5", "--set", "do_sample=false"];
+    let plain = json_lines(pipeline("text-generation", &model).args(greedy).arg("The fox"));
+    assert!(
+        plain[0][0]["generated_text"]
+            .as_str()
+            .unwrap()
+            .starts_with("The fox")
+    );
+    let chat = json_lines(
+        pipeline("text-generation", &model)
+            .args(greedy)
+            .args(["--chat", "The fox"]),
+    );
+    assert_eq!(chat[0][0]["generated_text"][1]["role"], "assistant");
+
+    let model = pipeline_model("t5");
+    let translated = json_lines(pipeline("translation_en_to_de", &model).args([
+        "--json",
+        "--max-new-tokens",
+        "5",
+        "The fox",
+    ]));
+    assert!(translated[0]["translation_text"].is_string());
+}
+
+#[test]
+fn a_pipeline_goes_on_where_it_was_stopped() {
+    let model = pipeline_model("distilbert-moods");
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    let input = place("in.txt");
+    let texts: String = (0..4000).map(|n| format!("the fox {n}\n")).collect();
+    std::fs::write(&input, texts).unwrap();
+    let args = |output: &Path, top_k: &str| {
+        let fixed = [
+            "pipeline",
+            "text-classification",
+            "--batch-size",
+            "4",
+            "--top-k",
+            top_k,
+            "--model",
+        ];
+        let mut args = fixed.map(std::ffi::OsString::from).to_vec();
+        args.extend([model.path().into(), "--file".into(), input.clone().into()]);
+        args.extend(["--output".into(), output.into()]);
+        args
+    };
+    let whole = place("whole.jsonl");
+    oxiformers().args(args(&whole, "2")).assert().success().stdout("");
+    let expected = std::fs::read_to_string(&whole).unwrap();
+    assert_eq!(expected.lines().count(), 4000);
+    assert!(!place("whole.jsonl.job").exists());
+    // What is finished is not written over.
+    let again = || oxiformers().args(args(&whole, "2")).assert().failure();
+    again().stderr(contains("is there already"));
+    assert_eq!(std::fs::read_to_string(&whole).unwrap(), expected);
+
+    let (output, note) = (place("out.jsonl"), place("out.jsonl.job"));
+    let mut child = Process::new(assert_cmd::cargo::cargo_bin("oxiformers"))
+        .args(args(&output, "2"))
+        .spawn()
+        .unwrap();
+    let begin = Instant::now();
+    while std::fs::metadata(&output).map_or(0, |file| file.len()) == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let part = std::fs::read_to_string(&output).unwrap();
+    assert!(note.exists() && part.len() < expected.len() && expected.starts_with(&part));
+    oxiformers()
+        .args(args(&output, "3"))
+        .assert()
+        .failure()
+        .stderr(contains("another job"));
+    // As if the end of the last line had not reached the disk.
+    std::fs::write(&output, &part[..part.len() - 5]).unwrap();
+    oxiformers()
+        .args(args(&output, "2"))
+        .assert()
+        .success()
+        .stderr(contains("answers are there already"));
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), expected);
+    assert!(!note.exists());
+}
