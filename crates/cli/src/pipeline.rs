@@ -40,11 +40,15 @@ pub fn run(args: &PipelineArgs) -> anyhow::Result<()> {
             let what = json!({ "task": args.task, "model": model, "options": options, "inputs": inputs });
             Out::Job(Job::open(path, what.as_object().context("no object")?)?)
         }
-        None => Out::Print { json: args.json },
+        None if args.json => Out::Json,
+        // What has several lines is set apart from the next answer.
+        None => Out::Text {
+            apart: total != Some(1),
+        },
     };
     let done = match &out {
         Out::Job(job) => job.done,
-        Out::Print { .. } => 0,
+        _ => 0,
     };
     if done > 0 {
         eprintln!("{done} answers are there already");
@@ -83,20 +87,20 @@ pub fn run(args: &PipelineArgs) -> anyhow::Result<()> {
                 None => bail!("stopped after {count} answers"),
             }
         }
-        let answers =
-            block_on(pipeline.answer(&chunk, &options, batch_size)).map_err(|error| match error {
-                Error::Input { index, message } => anyhow!("input {}: {message}", count + index + 1),
-                error => error.into(),
-            })?;
+        let answers = out.answers(&pipeline, &chunk, &options, batch_size);
+        let answers = answers.map_err(|error| match error {
+            Error::Input { index, message } => anyhow!("input {}: {message}", count + index + 1),
+            error => error.into(),
+        })?;
         let known = done.saturating_sub(count);
         count += answers.len();
-        bar.suspend(|| out.write(answers.get(known..).unwrap_or_default(), total == Some(1)))?;
+        bar.suspend(|| out.write(answers.get(known..).unwrap_or_default()))?;
         bar.set_position(count as u64);
     }
     bar.finish_and_clear();
     match out {
         Out::Job(job) => job.finish(),
-        Out::Print { .. } => Ok(()),
+        _ => Ok(()),
     }
 }
 
@@ -116,21 +120,45 @@ fn progress(total: Option<usize>) -> ProgressBar {
 /// Where answers go.
 enum Out {
     Job(Job),
-    Print { json: bool },
+    Json,
+    Text { apart: bool },
 }
 
 impl Out {
-    fn write(&mut self, answers: &[(Value, String)], only: bool) -> anyhow::Result<()> {
-        let json = |(answer, _): &(Value, String)| format!("{answer}\n");
-        // What has several lines is set apart from the next answer.
-        let text = |(_, text): &(Value, String)| match text.contains('\n') && !only {
-            true => format!("{text}\n\n"),
-            false => format!("{text}\n"),
-        };
+    /// Answers as they are to be written.
+    fn answers(
+        &self,
+        pipeline: &AnyPipeline,
+        inputs: &[Value],
+        options: &Value,
+        batch_size: usize,
+    ) -> oxiformers::Result<Vec<String>> {
         match self {
-            Self::Job(job) => job.write(&answers.iter().map(json).collect::<String>()),
-            Self::Print { json: true } => print(&answers.iter().map(json).collect::<String>()),
-            Self::Print { json: false } => print(&answers.iter().map(text).collect::<String>()),
+            Self::Job(_) | Self::Json => {
+                let answers = block_on(pipeline.run(inputs, options, batch_size))?;
+                Ok(answers.iter().map(|answer| format!("{answer}\n")).collect())
+            }
+            Self::Text { apart } => {
+                let answers = block_on(pipeline.run_to_text(inputs, options, batch_size))?;
+                let end = |text: &str| {
+                    if *apart && text.contains('\n') {
+                        "\n\n"
+                    } else {
+                        "\n"
+                    }
+                };
+                Ok(answers
+                    .iter()
+                    .map(|text| format!("{text}{}", end(text)))
+                    .collect())
+            }
+        }
+    }
+
+    fn write(&mut self, answers: &[String]) -> anyhow::Result<()> {
+        match self {
+            Self::Job(job) => job.write(&answers.concat()),
+            _ => print(&answers.concat()),
         }
     }
 }

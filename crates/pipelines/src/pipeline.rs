@@ -156,22 +156,30 @@ macro_rules! tasks {
             /// # Errors
             /// As [`Pipeline::run`]; and where an input or an option is not what the task takes.
             pub async fn run(&self, inputs: &[Value], options: &Value, batch_size: usize) -> Result<Vec<Value>> {
-                let answers = self.answer(inputs, options, batch_size).await?;
-                Ok(answers.into_iter().map(|answer| answer.0).collect())
+                match self {
+                    $(Self::$task(pipeline) => {
+                        let answers = answer(&**pipeline, inputs, options, batch_size).await?;
+                        let json = answers.iter().map(serde_json::to_value);
+                        json.collect::<serde_json::Result<_>>().map_err(Error::read_back)
+                    })+
+                }
             }
 
-            /// Like [`run`](Self::run), with each answer's text for people.
+            /// Like [`run`](Self::run), with answers as people read them.
             ///
             /// # Errors
             /// As [`run`](Self::run).
-            pub async fn answer(
+            pub async fn run_to_text(
                 &self,
                 inputs: &[Value],
                 options: &Value,
                 batch_size: usize,
-            ) -> Result<Vec<(Value, String)>> {
+            ) -> Result<Vec<String>> {
                 match self {
-                    $(Self::$task(pipeline) => answer(&**pipeline, inputs, options, batch_size).await,)+
+                    $(Self::$task(pipeline) => {
+                        let answers = answer(&**pipeline, inputs, options, batch_size).await?;
+                        Ok(answers.iter().map(ToString::to_string).collect())
+                    })+
                 }
             }
         }
@@ -251,7 +259,7 @@ async fn answer<P: Pipeline>(
     inputs: &[Value],
     options: &Value,
     batch_size: usize,
-) -> Result<Vec<(Value, String)>> {
+) -> Result<Vec<P::Output>> {
     let read = |(index, input): (usize, &Value)| {
         let bad =
             |error: serde_json::Error| Error::input(index, format!("is not what {} takes: {error}", P::TASK));
@@ -265,16 +273,7 @@ async fn answer<P: Pipeline>(
             P::Options::deserialize(given).map_err(bad)?
         }
     };
-    let write = |output: P::Output| {
-        let json = serde_json::to_value(&output).map_err(Error::read_back)?;
-        Ok((json, output.to_string()))
-    };
-    pipeline
-        .run(&inputs, &options, batch_size)
-        .await?
-        .into_iter()
-        .map(write)
-        .collect()
+    pipeline.run(&inputs, &options, batch_size).await
 }
 
 /// The pipeline of a task, with the model of this name, or the one that Transformers would take.

@@ -4,9 +4,10 @@ use oxiformers_hub::ModelFiles;
 use oxiformers_models::SentenceModel;
 use oxiformers_nn::{EncoderInputs, LoadOptions};
 use oxiformers_processors::Tokenizer;
-use oxiformers_processors::tokenizer::{EncodeOptions, Truncation};
+use oxiformers_processors::tokenizer::{EncodeOptions, Encoding, Truncation};
 
-use crate::{Error, Result};
+use crate::Result;
+use crate::texts::{by_length, rows_of};
 
 /// A model of sentence embeddings with its tokenizer: what Python calls a `SentenceTransformer`.
 ///
@@ -48,7 +49,7 @@ impl SentenceEncoder {
     }
 
     /// The embedding of each sentence, `batch_size` of similar length at a time. What is longer than
-    /// [`max_seq_length`](Self::max_seq_length) is cut. The model's default prompt stands before each sentence, if it
+    /// [`max_seq_length`](Self::max_seq_length) is cut, which is said. The model's default prompt stands before each sentence, if it
     /// has one.
     ///
     /// # Errors
@@ -72,23 +73,24 @@ impl SentenceEncoder {
         batch_size: usize,
     ) -> Result<Vec<Vec<f32>>> {
         let prompt_tokens = self.prompt_tokens(prompt)?;
-        let rows = (sentences.iter())
-            .map(|sentence| self.ids(&format!("{prompt}{sentence}")))
-            .collect::<Result<Vec<_>>>()?;
-        // Sentences of similar length stand side by side: little of a batch is padding.
-        let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|row| std::cmp::Reverse(rows[*row].len()));
+        let encode = |sentence: &&str| self.row(&format!("{prompt}{sentence}"));
+        let rows = sentences.iter().map(encode).collect::<Result<Vec<_>>>()?;
+        let shortened = rows.iter().filter(|row| row.is_truncated()).count();
+        if shortened > 0 {
+            let length = self.max_seq_length().unwrap_or_default();
+            tracing::warn!(
+                "{shortened} of {} sentences were cut to {length} tokens",
+                rows.len()
+            );
+        }
         let mut embeddings = vec![Vec::new(); rows.len()];
         let pad = self.tokenizer.pad_token_id().unwrap_or(0);
-        for batch in order.chunks(batch_size.max(1)) {
-            let rows: Vec<Vec<u32>> = batch.iter().map(|row| rows[*row].clone()).collect();
+        for batch in by_length(&rows, batch_size, Encoding::len) {
+            let rows: Vec<Vec<u32>> = batch.iter().map(|row| rows[*row].ids.clone()).collect();
             let inputs = EncoderInputs::padded(&rows, pad);
-            let x = self.model.forward(&inputs, prompt_tokens)?;
-            let width = x.dims()[1].max(1);
-            let values = x.into_data_async().await.map_err(Error::read_back)?;
-            let values: Vec<f32> = values.iter::<f32>().collect();
-            for (row, values) in batch.iter().zip(values.chunks(width)) {
-                embeddings[*row] = values.to_vec();
+            let vectors = rows_of(self.model.forward(&inputs, prompt_tokens)?).await?;
+            for (row, vector) in batch.into_iter().zip(vectors) {
+                embeddings[row] = vector;
             }
         }
         Ok(embeddings)
@@ -101,7 +103,7 @@ impl SentenceEncoder {
         [own, model].into_iter().flatten().min()
     }
 
-    fn ids(&self, text: &str) -> Result<Vec<u32>> {
+    fn row(&self, text: &str) -> Result<Encoding> {
         let lower;
         let text = match self.model.do_lower_case {
             true => {
@@ -117,7 +119,7 @@ impl SentenceEncoder {
             }),
             ..EncodeOptions::default()
         };
-        Ok(self.tokenizer.encode_with(text, &options)?.ids)
+        Ok(self.tokenizer.encode_with(text, &options)?)
     }
 
     /// How many of a sentence's tokens are the prompt's.
@@ -125,7 +127,7 @@ impl SentenceEncoder {
         if prompt.is_empty() {
             return Ok(0);
         }
-        let ids = self.ids(prompt)?;
+        let ids = self.row(prompt)?.ids;
         let ends = [
             self.tokenizer.special_token_id("sep_token"),
             self.tokenizer.eos_token_id(),

@@ -69,18 +69,14 @@ fn golden(task: Task) {
         let pipeline = load(name, model, tokenizer);
         let inputs = case["inputs"].as_array().unwrap();
         for batch_size in [1, 3, 64] {
-            let outputs = block_on(pipeline.answer(inputs, &case["options"], batch_size));
+            let outputs = block_on(pipeline.run(inputs, &case["options"], batch_size));
             let outputs = outputs.unwrap_or_else(|error| panic!("case {number}, {model}: {error}"));
-            for (index, (output, text)) in outputs.iter().enumerate() {
+            for (index, output) in outputs.iter().enumerate() {
                 let place = format!(
                     "case {number}, {model}, {}, input {index}, batch {batch_size}",
                     case["options"]
                 );
                 wrong.extend(difference(output, &case["outputs"][index], 1e-4, &place));
-                assert!(
-                    !text.is_empty() || output.to_string().len() < 40,
-                    "{place}: {output} is no text"
-                );
             }
             assert_eq!(outputs.len(), case["outputs"].as_array().unwrap().len());
         }

@@ -205,6 +205,8 @@ impl QuestionAnswering {
             };
             let encoding = self.texts.tokenizer.encode_with(pair, &encode);
             let encoding = encoding.map_err(|error| Error::input(index, error.to_string()))?;
+            self.texts
+                .check_length(index, encoding.len(), "make `max_seq_len` smaller")?;
             let first = windows.len();
             windows.extend(encoding.into_windows());
             of_input.push(first..windows.len());
