@@ -648,6 +648,7 @@ values!(Bf16, 2, load_bf16);
 /// # Safety
 /// That of [`Kernel`] and [`Lanes`].
 #[inline(always)]
+#[allow(clippy::needless_range_loop)]
 unsafe fn sum<L: Lanes, W: Values, const M: usize, const P: usize>(part: &Part, first: usize) {
     // SAFETY: the caller's.
     unsafe {
@@ -669,24 +670,37 @@ unsafe fn sum<L: Lanes, W: Values, const M: usize, const P: usize>(part: &Part, 
         if !part.columns.is_multiple_of(2) {
             column::<L, W, M, P>(&mut sums, x, weights, part.stride);
         }
-        // By way of memory: the last panels may have fewer rows of weights than lanes.
+        if split {
+            for m in 0..M {
+                for p in 0..P {
+                    sums[m][p] = L::add(sums[m][p], others[m][p]);
+                }
+            }
+        }
+        // Short loops, which are unrolled: sums that are counted through would have to lie in memory.
+        let at = |m, p| part.out.add((first + m) * part.out_stride + p * PANEL);
+        if part.outputs == P * PANEL {
+            for m in 0..M {
+                for p in 0..P {
+                    if part.add {
+                        sums[m][p] = L::add(L::load(at(m, p)), sums[m][p]);
+                    }
+                    L::store(sums[m][p], at(m, p));
+                }
+            }
+            return;
+        }
+        // The last panels have fewer rows of weights than lanes.
         let mut tile = [[[0.0f32; PANEL]; P]; M];
         for m in 0..M {
             for p in 0..P {
-                let mut sum = sums[m][p];
-                if split {
-                    sum = L::add(sum, others[m][p]);
-                }
-                L::store(sum, tile[m][p].as_mut_ptr());
+                L::store(sums[m][p], tile[m][p].as_mut_ptr());
             }
         }
         for (m, tile) in tile.iter().enumerate() {
-            let out = part.out.add((first + m) * part.out_stride);
-            let out = std::slice::from_raw_parts_mut(out, part.outputs);
-            for (out, tile) in out.chunks_mut(PANEL).zip(tile) {
-                for (out, sum) in out.iter_mut().zip(tile) {
-                    *out = if part.add { *out + sum } else { *sum };
-                }
+            let out = std::slice::from_raw_parts_mut(at(m, 0), part.outputs);
+            for (out, sum) in out.iter_mut().zip(tile.as_flattened()) {
+                *out = if part.add { *out + sum } else { *sum };
             }
         }
     }

@@ -11,7 +11,8 @@ use std::ops::Range;
 use pulp::Simd;
 
 use crate::math;
-use crate::threads::{for_each_chunk, num_threads};
+use crate::output::Output;
+use crate::threads::{for_each, for_each_chunk, num_threads};
 
 /// Rows of a tile: pairs of a query and one of the heads of a group.
 const ROWS: usize = 128;
@@ -152,6 +153,7 @@ struct Cut {
 }
 
 thread_local! {
+    static PART: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
@@ -160,9 +162,9 @@ impl Flash<'_> {
     pub fn run(&self) -> Vec<f32> {
         let [batch, heads, seq, dim] = self.q.dims;
         let [_, kv_heads, keys, value_dim] = self.v.dims;
-        let mut out = vec![0.0; batch * seq * heads * value_dim];
-        if out.is_empty() {
-            return out;
+        let len = batch * seq * heads * value_dim;
+        if len == 0 {
+            return Vec::new();
         }
         let group = heads / kv_heads;
         let queries = (ROWS / group).clamp(1, seq);
@@ -180,27 +182,39 @@ impl Flash<'_> {
             tiles,
             pieces,
         };
+        // Of each piece: sums [rows, value_dim], largest scores [rows], totals [rows].
         let rows = queries * group;
-        // For each piece: sums [rows, value_dim], largest scores [rows], totals [rows].
         let width = rows * (value_dim + 2);
-        let mut parts = vec![0.0; tasks * pieces * width];
-        let run = |index: usize, part: &mut [f32]| {
+        let piece = |index: usize, part: &mut [f32], out: Option<&Output>| {
             pulp::Arch::new().dispatch(Piece {
                 flash: self,
                 cut: &cut,
                 index,
                 part,
+                out,
             });
         };
-        if small {
-            parts
-                .chunks_mut(width)
-                .enumerate()
-                .for_each(|(i, part)| run(i, part));
-        } else {
-            for_each_chunk(&mut parts, width, run);
+        if pieces == 1 {
+            let out = Output::new(len);
+            let task = |index: usize| {
+                let mut part = PART.take();
+                part.clear();
+                part.resize(width, 0.0);
+                piece(index, &mut part, Some(&out));
+                PART.set(part);
+            };
+            if small {
+                (0..tasks).for_each(task);
+            } else {
+                for_each(tasks, task);
+            }
+            // SAFETY: the tasks have written the results of all queries and heads.
+            return unsafe { out.done() };
         }
-        let merge = |index: usize, out: &mut [f32]| {
+        let mut parts = vec![0.0; tasks * pieces * width];
+        for_each_chunk(&mut parts, width, |index, part| piece(index, part, None));
+        let mut out = vec![0.0; len];
+        for_each_chunk(&mut out, heads * value_dim, |index, out| {
             let (b, i) = (index / seq, index % seq);
             for (head, out) in out.chunks_mut(value_dim).enumerate() {
                 let (kv, row) = (head / group, i % queries * group + head % group);
@@ -208,14 +222,7 @@ impl Flash<'_> {
                 let parts = parts[first..].chunks(width).take(pieces);
                 merge(parts, rows, row, out);
             }
-        };
-        if small {
-            out.chunks_mut(heads * value_dim)
-                .enumerate()
-                .for_each(|(i, out)| merge(i, out));
-        } else {
-            for_each_chunk(&mut out, heads * value_dim, merge);
-        }
+        });
         out
     }
 }
@@ -241,7 +248,10 @@ struct Piece<'a> {
     flash: &'a Flash<'a>,
     cut: &'a Cut,
     index: usize,
+    /// Zeros.
     part: &'a mut [f32],
+    /// `[batch, seq, heads * value_dim]`, where the piece is all of the keys.
+    out: Option<&'a Output>,
 }
 
 impl pulp::WithSimd for Piece<'_> {
@@ -339,6 +349,18 @@ impl pulp::WithSimd for Piece<'_> {
             }
         }
         SCRATCH.set(scratch);
+        let Some(out) = self.out else {
+            return;
+        };
+        for (row, sums) in sums.chunks_exact(value_dim).take(rows).enumerate() {
+            let (query, head) = (queries.start + row / cut.group, kv * cut.group + row % cut.group);
+            let to = out.at(((b * seq + query) * f.q.dims[1] + head) * value_dim);
+            let scale = total[row].recip();
+            for (i, sum) in sums.iter().enumerate() {
+                // SAFETY: nobody else writes the result of this query and head.
+                unsafe { to.add(i).write(sum * scale) };
+            }
+        }
     }
 }
 

@@ -24,6 +24,6 @@ pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
 pub use linear::{Weight, feed_forward, linear, linears};
 pub use math::{argmax, softmax};
-pub use norm::{layer_norm, rms_norm};
+pub use norm::{add_layer_norm, layer_norm, rms_norm};
 pub use packed::{Form, PackedMatrix, packed_rows};
 pub use rotary::rotary;

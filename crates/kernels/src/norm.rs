@@ -11,7 +11,7 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Option<Tensor<1>>, offset:
         let variance = (x.clone() * x.clone()).mean_dim(D - 1);
         x * (variance + eps).sqrt().recip()
     };
-    run(x, weight, None, offset, eps, false, norm)
+    run(x, None, weight, None, [offset, eps], false, norm)
 }
 
 /// Layer norm (Ba et al., 2016): `(x − mean) / sqrt(var + eps) · weight + bias` for `x` `[.., size]`, `weight`
@@ -22,32 +22,61 @@ pub fn layer_norm<const D: usize>(
     bias: Option<Tensor<1>>,
     eps: f64,
 ) -> Tensor<D> {
+    centered(x, None, weight, bias, eps)
+}
+
+/// [`layer_norm`] of `x + residual`, two tensors of the same shape.
+pub fn add_layer_norm<const D: usize>(
+    x: Tensor<D>,
+    residual: Tensor<D>,
+    weight: Option<Tensor<1>>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> Tensor<D> {
+    if x.dims() == residual.dims() {
+        centered(x, Some(residual), weight, bias, eps)
+    } else {
+        layer_norm(x + residual, weight, bias, eps)
+    }
+}
+
+fn centered<const D: usize>(
+    x: Tensor<D>,
+    residual: Option<Tensor<D>>,
+    weight: Option<Tensor<1>>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> Tensor<D> {
     let norm = |x: Tensor<D>| {
         let x = x.clone() - x.mean_dim(D - 1);
         let variance = (x.clone() * x.clone()).mean_dim(D - 1);
         x * (variance + eps).sqrt().recip()
     };
-    run(x, weight, bias, 0.0, eps, true, norm)
+    run(x, residual, weight, bias, [0.0, eps], true, norm)
 }
 
 /// `reference` is the norm without weight and bias.
 fn run<const D: usize>(
     x: Tensor<D>,
+    residual: Option<Tensor<D>>,
     weight: Option<Tensor<1>>,
     bias: Option<Tensor<1>>,
-    offset: f64,
-    eps: f64,
+    [offset, eps]: [f64; 2],
     centered: bool,
     reference: impl Fn(Tensor<D>) -> Tensor<D>,
 ) -> Tensor<D> {
-    let (x, weight) = (x.into_dispatch(), weight.map(Tensor::into_dispatch));
-    let bias = bias.map(Tensor::into_dispatch);
-    if ![Some(&x), weight.as_ref(), bias.as_ref()]
+    let (x, residual) = (x.into_dispatch(), residual.map(Tensor::into_dispatch));
+    let [weight, bias] = [weight, bias].map(|x| x.map(Tensor::into_dispatch));
+    if ![Some(&x), residual.as_ref(), weight.as_ref(), bias.as_ref()]
         .into_iter()
         .flatten()
         .all(flex::is_plain)
     {
-        let mut y = reference(Tensor::from_dispatch(x));
+        let mut y = Tensor::from_dispatch(x);
+        if let Some(residual) = residual {
+            y = y + Tensor::from_dispatch(residual);
+        }
+        y = reference(y);
         if let Some(weight) = weight.map(Tensor::<1>::from_dispatch) {
             let weight = if offset == 0.0 { weight } else { weight + offset };
             y = y * weight.unsqueeze();
@@ -57,12 +86,12 @@ fn run<const D: usize>(
             None => y,
         };
     }
-    let weight = weight.map(flex::inner).map(flex::contiguous);
-    let bias = bias.map(flex::inner).map(flex::contiguous);
+    let [residual, weight, bias] = [residual, weight, bias].map(|x| x.map(flex::inner).map(flex::contiguous));
     let x = flex::inner(x);
     let size = x.layout().shape().last().copied().unwrap_or(0);
-    flex::wrap(flex::change(x, size, |_, x| {
+    flex::wrap(flex::change(x, size, |start, x| {
         pulp::Arch::new().dispatch(Rows {
+            residual: residual.as_ref().map(|x| &flex::values(x)[start..]),
             x,
             size,
             weight: weight.as_ref().map(flex::values),
@@ -77,6 +106,8 @@ fn run<const D: usize>(
 struct Rows<'a> {
     /// `[rows, size]`.
     x: &'a mut [f32],
+    /// What is added first: at least as many rows.
+    residual: Option<&'a [f32]>,
     size: usize,
     weight: Option<&'a [f32]>,
     bias: Option<&'a [f32]>,
@@ -92,7 +123,12 @@ impl pulp::WithSimd for Rows<'_> {
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) {
         let size = self.size.max(1);
-        for x in self.x.chunks_exact_mut(size) {
+        for (row, x) in self.x.chunks_exact_mut(size).enumerate() {
+            if let Some(residual) = self.residual {
+                for (x, residual) in x.iter_mut().zip(&residual[row * size..]) {
+                    *x += residual;
+                }
+            }
             if self.centered {
                 let mean = math::sum(x, |x| x) / size as f32;
                 for x in x.iter_mut() {
@@ -141,8 +177,18 @@ mod tests {
                     }
                     for bias in [None, Some(bias.clone())] {
                         let fast = layer_norm(x.clone(), weight.clone(), bias.clone(), 1e-5);
-                        let bias = bias.map(tracked);
-                        let slow = layer_norm(tracked(x.clone()), tracked_weight.clone(), bias, 1e-5);
+                        let bias_of_reference = bias.clone().map(tracked);
+                        let slow = layer_norm(
+                            tracked(x.clone()),
+                            tracked_weight.clone(),
+                            bias_of_reference,
+                            1e-5,
+                        );
+                        assert!(worst(fast, slow) < 1e-5);
+                        let residual = noise(4, [2, rows, size]);
+                        let fast =
+                            add_layer_norm(x.clone(), residual.clone(), weight.clone(), bias.clone(), 1e-5);
+                        let slow = layer_norm(x.clone() + residual, weight.clone(), bias, 1e-5);
                         assert!(worst(fast, slow) < 1e-5);
                     }
                 }

@@ -117,7 +117,7 @@ impl Layer {
         if self.norm_before {
             x.clone() + f(norm.forward(x))
         } else {
-            norm.forward(x.clone() + f(x))
+            norm.forward_sum(f(x.clone()), x)
         }
     }
 }

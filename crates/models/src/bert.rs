@@ -73,10 +73,9 @@ pub struct Layer<A: Module = Attention> {
 impl<A: Module> Layer<A> {
     /// `[batch, seq, hidden_size]` to the same shape, with an attention that is told more than the context knows.
     pub fn forward_with(&self, x: Tensor<3>, attend: impl FnOnce(&A, Tensor<3>) -> Tensor<3>) -> Tensor<3> {
-        let x = self
-            .attention_norm
-            .forward(x.clone() + attend(&self.attention, x));
-        self.output_norm.forward(x.clone() + self.mlp.forward(x))
+        let attended = attend(&self.attention, x.clone());
+        let x = self.attention_norm.forward_sum(attended, x);
+        self.output_norm.forward_sum(self.mlp.forward(x.clone()), x)
     }
 }
 

@@ -81,10 +81,9 @@ impl DecoderLayer for Layer {
             let x = x.clone() + self.self_attn.forward(self.self_attn_layer_norm.forward(x), cx);
             x.clone() + self.mlp.forward(self.final_layer_norm.forward(x))
         } else {
-            let x = self
-                .self_attn_layer_norm
-                .forward(x.clone() + self.self_attn.forward(x, cx));
-            self.final_layer_norm.forward(x.clone() + self.mlp.forward(x))
+            let attended = self.self_attn.forward(x.clone(), cx);
+            let x = self.self_attn_layer_norm.forward_sum(attended, x);
+            self.final_layer_norm.forward_sum(self.mlp.forward(x.clone()), x)
         }
     }
 }

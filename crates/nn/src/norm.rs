@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use oxiformers_kernels::{layer_norm, rms_norm};
+use oxiformers_kernels::{add_layer_norm, layer_norm, rms_norm};
 
 use crate::{Init, Result, Weights};
 
@@ -91,6 +91,12 @@ impl LayerNorm {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let [weight, bias] = [&self.weight, &self.bias].map(|x| x.as_ref().map(Param::val));
         layer_norm(x, weight, bias, self.eps)
+    }
+
+    /// The norm of `x + residual`, both `[.., size]`.
+    pub fn forward_sum<const D: usize>(&self, x: Tensor<D>, residual: Tensor<D>) -> Tensor<D> {
+        let [weight, bias] = [&self.weight, &self.bias].map(|x| x.as_ref().map(Param::val));
+        add_layer_norm(x, residual, weight, bias, self.eps)
     }
 }
 
