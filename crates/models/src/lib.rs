@@ -73,6 +73,7 @@ pub mod smollm3;
 pub mod stablelm;
 pub mod starcoder2;
 pub mod t5;
+pub mod tapas;
 pub mod umt5;
 
 pub use auto::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM};

@@ -354,5 +354,7 @@ architectures! {
         NomicBert(nomic_bert) = "nomic_bert";
         /// RoBERTa, XLM-RoBERTa and CamemBERT.
         Roberta(roberta) = "roberta" | "xlm-roberta" | "camembert";
+        /// TAPAS.
+        Tapas(tapas) = "tapas";
     }
 }

@@ -77,6 +77,14 @@ fn rows(rows: Vec<Vec<i64>>) -> Vec<Vec<u32>> {
     rows.into_iter().map(row).collect()
 }
 
+/// `N` numbers of each token of sequences of `seq`; nothing where the reference has none.
+fn of_each_token<const N: usize>(reference: &Reference, name: &str, seq: usize) -> Vec<Vec<[u32; N]>> {
+    let found = reference.contains(name).then(|| rows(reference.ids(name)));
+    let tokens = found.unwrap_or_default().into_iter();
+    let tokens: Vec<[u32; N]> = tokens.map(|ids| ids.try_into().expect(name)).collect();
+    tokens.chunks(seq).map(<[_]>::to_vec).collect()
+}
+
 /// The batch without and with padding, with what its tensors are called at the end.
 fn batches(reference: &Reference, types: bool) -> [(EncoderInputs, &'static str); 2] {
     let ids = |name| rows(reference.ids(name));
@@ -85,14 +93,10 @@ fn batches(reference: &Reference, types: bool) -> [(EncoderInputs, &'static str)
     [("input_ids", whole, ""), ("padded_ids", mask, ".padded")].map(|(name, mask, what)| {
         let inputs = EncoderInputs::with_mask(ids(name), &mask).expect("mask");
         let token_type_ids = if types { ids("token_type_ids") } else { Vec::new() };
-        let bbox = reference.contains("bbox").then(|| reference.ids("bbox"));
-        let boxes = bbox.unwrap_or_default().into_iter();
-        let boxes: Vec<[u32; 4]> = boxes
-            .map(|place| [0, 1, 2, 3].map(|side| place[side] as u32))
-            .collect();
         let inputs = EncoderInputs {
             token_type_ids,
-            bbox: boxes.chunks(inputs.dims()[1]).map(<[_]>::to_vec).collect(),
+            bbox: of_each_token(reference, "bbox", inputs.dims()[1]),
+            table_ids: of_each_token(reference, "table_ids", inputs.dims()[1]),
             output_hidden_states: true,
             ..inputs
         };

@@ -8,6 +8,9 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{Context, Embedding, Error, LayerNorm, Linear, Norm, RelativeBias, Result, Weights};
 
+/// Number of types that a token has in a table.
+pub const TABLE_IDS: usize = 7;
+
 /// A batch of token sequences, as rows of equal length.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EncoderInputs {
@@ -25,6 +28,10 @@ pub struct EncoderInputs {
     /// Where on a page each token stands, as [left, upper, right, lower], each from 0 to 1000, for architectures that read
     /// documents; empty where nothing is known.
     pub bbox: Vec<Vec<[u32; 4]>>,
+    /// What each token is in a table, for architectures that read tables: its segment (0 for the question, 1 for the
+    /// table), column, row, whether it was an answer before, rank in its column from below and from above, and relation
+    /// to numbers of the question; empty where nothing is known.
+    pub table_ids: Vec<Vec<[u32; TABLE_IDS]>>,
     /// How many rows belong together as choices of one question; 0 means all of them.
     pub num_choices: usize,
     /// Whether the hidden states of every layer are kept.
@@ -98,7 +105,7 @@ impl EncoderInputs {
     ///
     /// # Errors
     /// Where the shape differs; `name` is what the message calls the rows.
-    pub fn check(&self, name: &str, rows: &[Vec<u32>]) -> Result<()> {
+    pub fn check<T>(&self, name: &str, rows: &[Vec<T>]) -> Result<()> {
         let [batch, seq] = self.dims();
         if rows.len() != batch || rows.iter().any(|row| row.len() != seq) {
             let message = format!("must be {batch} rows of {seq}");
