@@ -131,6 +131,12 @@ pub struct GenerateArgs {
     /// Put the prompt into the model's chat template, as a user's message.
     #[arg(long)]
     pub chat: bool,
+    /// The language of the prompt, for models that translate between several: en_XX, eng_Latn, en, …
+    #[arg(long, value_name = "CODE")]
+    pub src_lang: Option<String>,
+    /// The language to translate into.
+    #[arg(long, value_name = "CODE")]
+    pub tgt_lang: Option<String>,
     /// Print one JSON object: prompt_ids, ids, text, finish_reason, usage, timings; with num_return_sequences
     /// above 1 also sequences.
     #[arg(long)]

@@ -21,7 +21,8 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let prompt = read_prompt(&args.prompt)?;
     let grammar = grammar(args)?;
     let begin = Instant::now();
-    let model = TextModel::load(&args.model, &args.run)?;
+    let model = TextModel::load(&args.model, &args.run)?
+        .with_languages(args.src_lang.as_deref(), args.tgt_lang.as_deref())?;
     let assistant = match &args.assistant {
         Some(name) => Some(load_assistant(name, args, &model)?),
         None => None,
@@ -53,8 +54,8 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let mut generator = model.generator(config);
     if let Some(grammar) = grammar {
         let vocab_size = model.network().vocab_size();
-        generator =
-            generator.with_constraint(Constraint::new(&grammar, model.tokenizer(), vocab_size, &eos)?);
+        let writes = model.tokenizer().for_target(None)?;
+        generator = generator.with_constraint(Constraint::new(&grammar, &writes, vocab_size, &eos)?);
     }
     if let Some(assistant) = &assistant {
         generator = generator.with_draft(Draft::Assistant(assistant.network()));

@@ -50,6 +50,20 @@ impl TextModel {
         })
     }
 
+    /// The model for texts in one language and answers in another.
+    pub fn with_languages(self, source: Option<&str>, target: Option<&str>) -> anyhow::Result<Self> {
+        if source.is_none() && target.is_none() {
+            return Ok(self);
+        }
+        match self {
+            Self::Seq2Seq(model) => Ok(Self::Seq2Seq(Box::new(model.with_languages(source, target)?))),
+            Self::Language(model) => bail!(
+                "--src-lang, --tgt-lang: {} is a language model; say in the prompt what to translate",
+                model.name
+            ),
+        }
+    }
+
     pub fn tokenizer(&self) -> &Tokenizer {
         match self {
             Self::Language(model) => &model.tokenizer,

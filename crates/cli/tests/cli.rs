@@ -143,6 +143,51 @@ fn errors_say_what_to_do() {
 }
 
 #[test]
+fn translation_takes_languages() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../oxiformers/tests/fixtures/seq2seq_text");
+    for name in ["marian", "m2m_100", "mbart50", "t5"] {
+        let path = fixtures.join(name);
+        let rows = std::fs::read(path.join("reference.json")).unwrap();
+        let rows: Vec<Value> = serde_json::from_slice(&rows).unwrap();
+        // The last one is of the last pair of languages, and searched by beams.
+        let row = rows.last().unwrap();
+        let mut command = oxiformers();
+        command
+            .arg("generate")
+            .arg(path)
+            .args(["--json", "--max-new-tokens", "20", "--num-beams"]);
+        command.arg(row["num_beams"].to_string());
+        command.args(["--prompt", row["text"].as_str().unwrap()]);
+        for (option, lang) in [("--src-lang", &row["src_lang"]), ("--tgt-lang", &row["tgt_lang"])] {
+            command.args(lang.as_str().into_iter().flat_map(|lang| [option, lang]));
+        }
+        let report = json(&mut command);
+        assert_eq!(report["prompt_ids"], row["input_ids"], "{name}");
+        assert_eq!(report["text"], row["output"], "{name}");
+    }
+    oxiformers()
+        .arg("generate")
+        .arg(fixtures.join("m2m_100"))
+        .args(["--prompt", "a", "--tgt-lang", "tlh"])
+        .assert()
+        .failure()
+        .stderr(contains("tlh"));
+    let tiny = tiny_model();
+    oxiformers()
+        .args([
+            "generate",
+            tiny.path().to_str().unwrap(),
+            "--prompt",
+            "a",
+            "--src-lang",
+            "en",
+        ])
+        .assert()
+        .failure()
+        .stderr(contains("language model"));
+}
+
+#[test]
 fn encoder_decoders_generate() {
     let tiny = tiny_model_from("seq2seq/t5");
     let path = tiny.path().to_str().unwrap();

@@ -50,6 +50,22 @@ impl Seq2SeqModel {
         })
     }
 
+    /// The model for texts in one language and answers in another, for models that have tokens for languages (mBART,
+    /// M2M-100, NLLB): Python's `tokenizer.src_lang` and `forced_bos_token_id`. What is `None` stays as the
+    /// model's files say.
+    ///
+    /// # Errors
+    /// When the model does not know a language: the message lists those that it knows.
+    pub fn with_languages(mut self, source: Option<&str>, target: Option<&str>) -> Result<Self> {
+        if let Some(lang) = target {
+            self.generation_config.forced_bos_token_id = Some(self.tokenizer.lang_id(lang)?);
+        }
+        if let Some(lang) = source {
+            self.tokenizer = self.tokenizer.with_src_lang(lang)?;
+        }
+        Ok(self)
+    }
+
     /// A generator for this model, with its tokenizer: its prompts are what the model reads.
     pub fn generator(&self, config: GenerationConfig) -> Generator<'_> {
         Generator::new(&self.model, config).with_tokenizer(&self.tokenizer)

@@ -9,8 +9,8 @@ pub enum Error {
     Hub(#[from] oxiformers_hub::Error),
     /// None of the model's files is a tokenizer.
     #[error(
-        "{model} has no tokenizer: none of tokenizer.json, a GGUF with tokenizer.ggml.tokens, tokenizer.model, \
-         tekken.json, *.tiktoken, vocab.json with merges.txt, vocab.txt"
+        "{model} has no tokenizer: none of tokenizer.json, a GGUF with tokenizer.ggml.tokens, a \
+         SentencePiece model (tokenizer.model, spiece.model, …), tekken.json, *.tiktoken, vocab.json with merges.txt, vocab.txt"
     )]
     NoTokenizer {
         /// The model's name.

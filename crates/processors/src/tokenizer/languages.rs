@@ -191,7 +191,10 @@ impl Tokenizer {
     fn no_language(&self, lang: &str) -> Error {
         Error::NoLanguage {
             lang: lang.to_owned(),
-            known: self.languages().join(", "),
+            known: match self.languages() {
+                none if none.is_empty() => "none".to_owned(),
+                some => some.join(", "),
+            },
         }
     }
 }
