@@ -30,6 +30,9 @@ pub enum Error {
         /// The codes that there are.
         known: String,
     },
+    /// A table or a question about it does not fit.
+    #[error("the table cannot be read: {0}")]
+    Table(String),
     /// A text cannot be encoded, or ids cannot be decoded.
     #[error("the tokenizer cannot do this text: {0}")]
     Tokenize(String),

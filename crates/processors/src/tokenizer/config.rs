@@ -164,12 +164,12 @@ impl TokenizerConfig {
     }
 
     /// A setting of one kind of tokenizer alone.
-    pub(super) fn setting(&self, name: &str) -> Option<&Value> {
+    pub(crate) fn setting(&self, name: &str) -> Option<&Value> {
         self.settings.get(name)
     }
 
     /// Such a setting that is true or false.
-    pub(super) fn flag(&self, name: &str) -> Option<bool> {
+    pub(crate) fn flag(&self, name: &str) -> Option<bool> {
         self.setting(name)?.as_bool()
     }
 
