@@ -174,8 +174,9 @@ pub(super) fn charsmap(file: &str, bytes: &[u8]) -> Result<()> {
         return Err(broken("the trie is not made of whole blocks"));
     }
     for (at, unit) in units.iter().enumerate() {
-        if unit >> 31 != 0 {
-            continue; // a value
+        // A value; but the first unit is where every lookup begins, whatever it looks like.
+        if unit >> 31 != 0 && at != 0 {
+            continue;
         }
         let next = at ^ ((unit >> 10) << ((unit & (1 << 9)) >> 6));
         let leaf = (unit >> 8) & 1 == 1;
@@ -241,5 +242,21 @@ impl Merge<'_> {
             Self::Pair(left, right) => Some((&left.0, &right.0)),
             Self::Joined(text) => text.0.split_once(' '),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_charsmap_begins_with_an_inner_unit() {
+        let mut bytes = 1024u32.to_le_bytes().to_vec();
+        bytes.extend([0; 1024]);
+        assert!(charsmap("spiece.model", &bytes).is_ok());
+        // The mark of a value, which leads far outside.
+        bytes[7] = 0x80;
+        let error = charsmap("spiece.model", &bytes).unwrap_err().to_string();
+        assert!(error.contains("outside"), "{error}");
     }
 }
