@@ -7,12 +7,11 @@ use std::time::Duration;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use oxiformers_hub::checkpoint::gguf::GgmlType;
+use oxiformers_hub::checkpoint::{DType, gguf::GgmlType};
 use oxiformers_kernels::attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
-use oxiformers_kernels::dense::{DenseMatrix, Float};
-use oxiformers_kernels::int8::Int8Matrix;
 use oxiformers_kernels::linear::feed_forward;
-use oxiformers_kernels::{Activation, Form, PackedMatrix, Weight, layer_norm, linear, rms_norm, rotary};
+use oxiformers_kernels::{Activation, PackedMatrix, Weight, layer_norm, linear, rms_norm, rotary};
+use oxiformers_quant::{float::FloatMatrix, ggml::GgmlMatrix};
 
 /// Numbers between -1 and 1 that look random.
 fn noise<const D: usize>(shape: [usize; D]) -> Tensor<D> {
@@ -140,44 +139,6 @@ fn causal(first_query: usize) -> Visible {
     }
 }
 
-/// A packed matrix of which nobody wants rows.
-#[derive(Debug)]
-enum Matrix {
-    Int8(Int8Matrix),
-    Float(DenseMatrix),
-}
-
-impl PackedMatrix for Matrix {
-    fn shape(&self) -> [usize; 2] {
-        match self {
-            Self::Int8(matrix) => matrix.shape(),
-            Self::Float(matrix) => matrix.shape(),
-        }
-    }
-
-    fn scheme(&self) -> &str {
-        "packed"
-    }
-
-    fn num_bytes(&self) -> usize {
-        match self {
-            Self::Int8(matrix) => matrix.num_bytes(),
-            Self::Float(matrix) => matrix.num_bytes(),
-        }
-    }
-
-    fn dequantize_rows(&self, _: Range<usize>, _: &mut [f32]) {
-        unimplemented!("only products are timed")
-    }
-
-    fn form(&self) -> Form<'_> {
-        match self {
-            Self::Int8(matrix) => Form::Int8(matrix),
-            Self::Float(matrix) => Form::Float(matrix),
-        }
-    }
-}
-
 /// Bytes below 64: as half floats they are no larger than 2, and positive.
 fn small_bytes(len: usize) -> Vec<u8> {
     words(len).map(|word| (word >> 26) as u8).collect()
@@ -186,21 +147,24 @@ fn small_bytes(len: usize) -> Vec<u8> {
 fn products(c: &mut Criterion) {
     const SHAPE: [usize; 2] = [1536, 1536];
     let values = SHAPE[0] * SHAPE[1];
-    let int8 = GgmlType::ALL.iter().map(|ty| {
+    let ggml = GgmlType::ALL.iter().map(|ty| {
         let bytes = small_bytes(values / ty.block_size() * ty.type_size());
-        let matrix = Int8Matrix::pack(*ty, SHAPE[0], SHAPE[1], &bytes, &|_| ());
-        (ty.name(), Matrix::Int8(matrix))
+        let matrix = GgmlMatrix::new(*ty, SHAPE, bytes.into()).expect("whole blocks");
+        (ty.name(), Arc::new(matrix) as Arc<dyn PackedMatrix>)
     });
-    let floats = [("F32", Float::F32), ("F16", Float::F16), ("BF16", Float::Bf16)].map(|(name, float)| {
-        let bytes = small_bytes(values * float.bytes());
-        (
-            name,
-            Matrix::Float(DenseMatrix::pack(float, SHAPE[0], SHAPE[1], &bytes, &|_| ())),
-        )
+    let floats = [
+        ("F32", DType::F32, 4),
+        ("F16", DType::F16, 2),
+        ("BF16", DType::BF16, 2),
+    ]
+    .map(|(name, dtype, size)| {
+        let matrix =
+            FloatMatrix::new(dtype, SHAPE, small_bytes(values * size).into()).expect("as many values");
+        (name, Arc::new(matrix) as Arc<dyn PackedMatrix>)
     });
     let mut group = c.benchmark_group("product with 1536 x 1536");
-    for (name, matrix) in int8.chain(floats) {
-        let weight = Weight::Packed(Arc::new(matrix));
+    for (name, matrix) in ggml.chain(floats) {
+        let weight = Weight::Packed(matrix);
         for batch in [1, 4, 16, 512] {
             let x = noise([batch, SHAPE[1]]);
             group.throughput(Throughput::Elements((2 * batch * values) as u64));
