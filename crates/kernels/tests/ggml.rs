@@ -1,10 +1,10 @@
-//! Every block format against the `gguf` Python package, bit for bit.
+//! Every block format against the `gguf` Python package, and its quantizer against ggml's, bit for bit.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::{Checkpoint, gguf::GgmlType};
-use oxiformers_kernels::ggml::dequantize;
+use oxiformers_kernels::ggml::{QuantizeError, dequantize, quantize};
 use proptest::prelude::*;
 
 #[test]
@@ -30,6 +30,90 @@ fn values_equal_the_reference() {
                 ty.name()
             );
         }
+    }
+}
+
+fn floats(reference: &Checkpoint, name: &str) -> Vec<f32> {
+    let bytes = reference.tensor(name).expect("fixture").data;
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|bytes| f32::from_le_bytes(*bytes))
+        .collect()
+}
+
+#[test]
+fn blocks_equal_the_reference() {
+    // A larger one can be made by the script.
+    let path = std::env::var_os("OXIFORMERS_GGML_FIXTURE").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ggml_quantize.safetensors"),
+        PathBuf::from,
+    );
+    let reference = Checkpoint::open(&ModelFiles::from_file(&path).expect("fixture")).expect("fixture");
+    let (values, importance) = (floats(&reference, "values"), floats(&reference, "importance"));
+    let mut different = Vec::new();
+    for ty in GgmlType::ALL {
+        for (suffix, importance) in [("", None), (".importance", Some(&importance[..]))] {
+            let name = format!("{}{suffix}", ty.name());
+            let expected = reference.tensor(&name).expect("every type has a fixture").data;
+            let mut blocks = vec![0; expected.len()];
+            quantize(*ty, &values, 512, importance, &mut blocks).expect("finite values");
+            let pairs = blocks.chunks(ty.type_size()).zip(expected.chunks(ty.type_size()));
+            let wrong: Vec<_> = pairs
+                .enumerate()
+                .filter(|(_, (a, b))| a != b)
+                .map(|(i, _)| i)
+                .collect();
+            if !wrong.is_empty() {
+                different.push((name, wrong.len(), wrong[0], blocks.len() / ty.type_size()));
+            }
+        }
+    }
+    assert!(
+        different.is_empty(),
+        "type, blocks that differ, the first of them, all: {different:?}"
+    );
+}
+
+#[test]
+fn what_cannot_be_quantized_is_named() {
+    let mut values = vec![0.5; 3 * 256];
+    let mut blocks = vec![0; 3 * 144];
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        values[256 + 17] = bad;
+        let error = quantize(GgmlType::Q4_K, &values, 256, None, &mut blocks).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                QuantizeError::NotFinite {
+                    row: 1,
+                    column: 17,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+    values[256 + 17] = 1e30;
+    let error = quantize(GgmlType::Q4_K, &values, 256, None, &mut blocks).unwrap_err();
+    assert_eq!(
+        error,
+        QuantizeError::TooLarge {
+            ty: GgmlType::Q4_K,
+            row: 1
+        }
+    );
+    values[256 + 17] = 0.5;
+    let weights = [vec![1.0; 255], vec![-1.0]].concat();
+    let error = quantize(GgmlType::Q4_K, &values, 256, Some(&weights), &mut blocks).unwrap_err();
+    assert!(
+        matches!(error, QuantizeError::Importance { column: 255, .. }),
+        "{error}"
+    );
+    for (columns, bytes) in [(128, 3 * 144), (256, 2 * 144), (0, 0)] {
+        let error = quantize(GgmlType::Q4_K, &values, columns, None, &mut blocks[..bytes]).unwrap_err();
+        assert!(matches!(error, QuantizeError::Size { .. }), "{error}");
     }
 }
 

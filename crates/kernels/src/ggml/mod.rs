@@ -3,9 +3,14 @@
 //! A block holds a fixed number of values, packed to a few bits each, and the scales they share. Source of the
 //! layouts and of the arithmetic: `ggml-common.h` and `ggml-quants.c` of the ggml project.
 
+use std::sync::{Mutex, PoisonError};
+
 use half::f16;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
 
+use crate::threads;
+
+mod fit;
 #[allow(non_camel_case_types)]
 mod k_quants;
 #[allow(non_camel_case_types)]
@@ -20,6 +25,70 @@ pub struct SizeError {
     ty: GgmlType,
     bytes: usize,
     values: usize,
+}
+
+/// Why values cannot be stored as blocks.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum QuantizeError {
+    /// Rows are no whole number of blocks, or the lengths do not fit each other.
+    #[error(
+        "{values} values in rows of {columns} with {importance} weights do not become {bytes} bytes of {}",
+        ty.name()
+    )]
+    Size {
+        /// Type.
+        ty: GgmlType,
+        /// Length of the source.
+        values: usize,
+        /// Length of a row.
+        columns: usize,
+        /// Length of the importance weights; 0 for none.
+        importance: usize,
+        /// Length of the target.
+        bytes: usize,
+    },
+    /// A value is infinite or no number.
+    #[error("row {row}, column {column} is {value}: only finite values can be quantized")]
+    NotFinite {
+        /// Row of the source.
+        row: usize,
+        /// Column of the source.
+        column: usize,
+        /// The value.
+        value: f32,
+    },
+    /// An importance weight is negative, infinite or no number.
+    #[error("the importance of column {column} is {value}: it must be finite and not negative")]
+    Importance {
+        /// Column.
+        column: usize,
+        /// The weight.
+        value: f32,
+    },
+    /// Values are too large for the half floats that hold the scales.
+    #[error("row {row} has values that are too large for the scales of {}", ty.name())]
+    TooLarge {
+        /// Type.
+        ty: GgmlType,
+        /// Row of the source.
+        row: usize,
+    },
+}
+
+impl QuantizeError {
+    /// The same error where the source was rows from `first` on of something larger.
+    #[must_use]
+    pub fn below(self, first: usize) -> Self {
+        match self {
+            Self::NotFinite { row, column, value } => Self::NotFinite {
+                row: first + row,
+                column,
+                value,
+            },
+            Self::TooLarge { ty, row } => Self::TooLarge { ty, row: first + row },
+            other => other,
+        }
+    }
 }
 
 /// A format of blocks of `B` bytes and `N` values: a value is `scale · (code − OFFSET) + min`, or
@@ -38,6 +107,18 @@ pub(crate) trait Format<const B: usize, const N: usize> {
 
     /// The codes, scales and minimums of a block.
     fn unpack(block: &[u8; B], codes: &mut [u8; N], groups: &mut Groups);
+
+    /// The block that comes close to `x`.
+    fn pack(x: &[f32; N], importance: Option<Importance<N>>, block: &mut [u8; B]);
+}
+
+/// How much errors in a block's values count.
+#[derive(Clone, Copy)]
+pub(crate) struct Importance<'a, const N: usize> {
+    /// The mean squared activation of each column.
+    columns: &'a [f32; N],
+    /// The mean square of the row's values.
+    mean_square: f32,
 }
 
 /// Scales and minimums of a block's groups, as many as there are.
@@ -133,8 +214,134 @@ impl Visitor for Dequantize<'_> {
     }
 }
 
+/// Narrows rows of `columns` values to blocks, on all threads. Where `importance` has a weight for each column (the
+/// mean square of what the column is multiplied with), errors there count by it.
+///
+/// The bytes are those that ggml's own quantizers write.
+///
+/// # Errors
+/// [`QuantizeError`]: values that are not finite or too large, or lengths that do not fit.
+pub fn quantize(
+    ty: GgmlType,
+    src: &[f32],
+    columns: usize,
+    importance: Option<&[f32]>,
+    dst: &mut [u8],
+) -> Result<(), QuantizeError> {
+    let row_bytes = columns / ty.block_size() * ty.type_size();
+    let fits = columns > 0
+        && columns.is_multiple_of(ty.block_size())
+        && src.len().is_multiple_of(columns)
+        && (src.len() / columns).checked_mul(row_bytes) == Some(dst.len())
+        && importance.is_none_or(|importance| importance.len() == columns);
+    if !fits {
+        return Err(QuantizeError::Size {
+            ty,
+            values: src.len(),
+            columns,
+            importance: importance.map_or(0, <[f32]>::len),
+            bytes: dst.len(),
+        });
+    }
+    let bad = |value: &f32| !value.is_finite() || *value < 0.0;
+    if let Some(column) = importance.and_then(|weights| weights.iter().position(bad)) {
+        let value = importance.map_or(0.0, |weights| weights[column]);
+        return Err(QuantizeError::Importance { column, value });
+    }
+    // The error of the first row that has one.
+    let failed = Mutex::new(None::<(usize, QuantizeError)>);
+    let arch = pulp::Arch::new();
+    // Some thousand values a task, so that handing over does not count.
+    let rows = (1usize << 13).div_ceil(columns);
+    threads::for_each_chunk(dst, rows * row_bytes, |index, dst| {
+        for (row, dst) in (index * rows..).zip(dst.chunks_exact_mut(row_bytes)) {
+            let src = &src[row * columns..(row + 1) * columns];
+            let result = match src.iter().position(|value| !value.is_finite()) {
+                Some(column) => Err(QuantizeError::NotFinite {
+                    row,
+                    column,
+                    value: src[column],
+                }),
+                None if arch.dispatch(Quantize {
+                    ty,
+                    src,
+                    importance,
+                    dst,
+                }) =>
+                {
+                    Ok(())
+                }
+                None => Err(QuantizeError::TooLarge { ty, row }),
+            };
+            if let Err(error) = result {
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                if failed.as_ref().is_none_or(|(first, _)| row < *first) {
+                    *failed = Some((row, error));
+                }
+            }
+        }
+    });
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failed.map_or(Ok(()), |(_, error)| Err(error))
+}
+
+/// Narrows one row; returns whether its scales are finite.
+struct Quantize<'a> {
+    ty: GgmlType,
+    src: &'a [f32],
+    importance: Option<&'a [f32]>,
+    dst: &'a mut [u8],
+}
+
+impl pulp::NullaryFnOnce for Quantize<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn call(self) -> bool {
+        with_format(self.ty, self)
+    }
+}
+
+impl Visitor for Quantize<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn visit<F: Format<B, N>, const B: usize, const N: usize>(self) -> bool {
+        let mean_square = match self.importance {
+            Some(_) => fit::square_sum(self.src) / self.src.len() as f32,
+            None => 0.0,
+        };
+        let (mut codes, mut groups) = ([0; N], Groups::default());
+        let blocks = self
+            .src
+            .as_chunks::<N>()
+            .0
+            .iter()
+            .zip(self.dst.as_chunks_mut::<B>().0);
+        let mut finite = true;
+        for (index, (x, block)) in blocks.enumerate() {
+            let columns = self.importance.and_then(|all| all.as_chunks::<N>().0.get(index));
+            let importance = columns.map(|columns| Importance { columns, mean_square });
+            F::pack(x, importance, block);
+            F::unpack(block, &mut codes, &mut groups);
+            finite &= groups
+                .scales
+                .iter()
+                .chain(&groups.mins)
+                .all(|value| value.is_finite());
+        }
+        finite
+    }
+}
+
 /// The half float at `at`.
 #[inline(always)]
 fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// Stores a half float at `at`.
+#[inline(always)]
+fn put_half(block: &mut [u8], at: usize, value: f32) {
+    block[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
 }
