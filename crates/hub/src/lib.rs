@@ -9,6 +9,8 @@ mod error;
 #[cfg(all(feature = "fetch", not(target_arch = "wasm32")))]
 mod fetch;
 mod files;
+#[cfg(not(target_arch = "wasm32"))]
+mod output;
 
 pub use error::{Error, Result};
 #[cfg(all(fuzzing, feature = "fetch", not(target_arch = "wasm32")))]
@@ -16,3 +18,5 @@ pub use fetch::read_index_page;
 #[cfg(all(feature = "fetch", not(target_arch = "wasm32")))]
 pub use fetch::{Bars, Event, FetchOptions, Progress, Silent, Source, cache, default_chat_model, resolve};
 pub use files::{ModelFiles, release};
+#[cfg(not(target_arch = "wasm32"))]
+pub use output::OutputFile;

@@ -1,4 +1,4 @@
-//! GGUF files, versions 2 and 3, little-endian.
+//! GGUF files, versions 2 and 3, little-endian; version 3 is written.
 //!
 //! Source: the format's specification, `docs/gguf.md` of the ggml project.
 
@@ -9,6 +9,13 @@ use indexmap::IndexMap;
 
 use super::{DType, TensorInfo};
 use crate::{Error, ModelFiles, Result};
+
+mod write;
+
+pub use write::{Encode, Pairs, write};
+
+/// Where tensors begin: at multiples of this, unless the metadata say otherwise.
+const DEFAULT_ALIGNMENT: u32 = 32;
 
 macro_rules! ggml_types {
     ($($(#[$doc:meta])* $name:ident = $id:literal, $text:literal, $block:literal, $size:literal;)+) => {
@@ -67,35 +74,38 @@ ggml_types! {
     MXFP4 = 39, "MXFP4", 32, 17;
 }
 
-/// The plain types, and the names of those that are known and not read.
+/// The plain types and their numbers.
+const PLAIN: [(u32, DType); 8] = [
+    (0, DType::F32),
+    (1, DType::F16),
+    (24, DType::I8),
+    (25, DType::I16),
+    (26, DType::I32),
+    (27, DType::I64),
+    (28, DType::F64),
+    (30, DType::BF16),
+];
+
+/// The type of a number; else the name of one that is known and not read.
 fn dtype(id: u32) -> std::result::Result<DType, String> {
-    Ok(match id {
-        0 => DType::F32,
-        1 => DType::F16,
-        24 => DType::I8,
-        25 => DType::I16,
-        26 => DType::I32,
-        27 => DType::I64,
-        28 => DType::F64,
-        30 => DType::BF16,
-        _ => {
-            return GgmlType::from_id(id).map(DType::Ggml).ok_or_else(|| {
-                let name = match id {
-                    9 => "Q8_1",
-                    15 => "Q8_K",
-                    16 => "IQ2_XXS",
-                    17 => "IQ2_XS",
-                    18 => "IQ3_XXS",
-                    19 => "IQ1_S",
-                    21 => "IQ3_S",
-                    22 => "IQ2_S",
-                    29 => "IQ1_M",
-                    40 => "NVFP4",
-                    _ => return format!("the tensor type {id}"),
-                };
-                format!("the tensor type {name}")
-            });
-        }
+    if let Some((_, plain)) = PLAIN.iter().find(|(number, _)| *number == id) {
+        return Ok(*plain);
+    }
+    GgmlType::from_id(id).map(DType::Ggml).ok_or_else(|| {
+        let name = match id {
+            9 => "Q8_1",
+            15 => "Q8_K",
+            16 => "IQ2_XXS",
+            17 => "IQ2_XS",
+            18 => "IQ3_XXS",
+            19 => "IQ1_S",
+            21 => "IQ3_S",
+            22 => "IQ2_S",
+            29 => "IQ1_M",
+            40 => "NVFP4",
+            _ => return format!("the tensor type {id}"),
+        };
+        format!("the tensor type {name}")
     })
 }
 
@@ -121,6 +131,8 @@ pub enum Value {
 #[derive(Debug, Clone, Default)]
 pub struct Metadata {
     values: IndexMap<String, Value>,
+    /// Types and values as the file has them.
+    encoded: IndexMap<String, Bytes>,
 }
 
 impl Metadata {
@@ -271,14 +283,18 @@ impl GgufFile {
         let mut metadata = Metadata::default();
         for _ in 0..pair_count {
             let key = reader.string("metadata key")?;
+            let start = reader.at;
             let ty = reader.u32(&key)?;
             let value = reader.value(ty, &key, 0)?;
+            metadata
+                .encoded
+                .insert(key.clone(), bytes.slice(start..reader.at));
             if metadata.values.insert(key.clone(), value).is_some() {
                 return Err(Error::format(file, format!("the key `{key}` appears twice")));
             }
         }
         let alignment = match metadata.get("general.alignment") {
-            None => 32,
+            None => DEFAULT_ALIGNMENT as usize,
             Some(Value::U64(n)) if n.is_power_of_two() && *n <= 1 << 20 => *n as usize,
             Some(other) => {
                 return Err(Error::format(
