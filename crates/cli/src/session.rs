@@ -104,6 +104,7 @@ pub fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
     Ok(LoadOptions {
         device: device::parse(&run.device)?,
         dtype,
+        ..LoadOptions::default()
     })
 }
 

@@ -39,7 +39,7 @@ pub use encoder::{
 };
 pub use error::{Error, Result};
 pub use head::{Head, Reads};
-pub use linear::Linear;
+pub use linear::{Linear, Observer};
 pub use mlp::{GatedMlp, Mlp};
 pub use norm::{LayerNorm, Norm, RmsNorm};
 pub use oxiformers_kernels::attention::attention as attend;

@@ -9,6 +9,27 @@ use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, linear,
 
 use crate::{Error, Init, Result, Weights};
 
+/// Sees what linear layers multiply their weights with: how calibration (importance matrices, GPTQ, AWQ, …) learns
+/// about activations.
+///
+/// Given with [`LoadOptions::observer`](crate::LoadOptions::observer), it is called before each product of the loaded
+/// model, with the weight's whole name, such as `model.layers.0.self_attn.q_proj.weight`, and the rows of its input
+/// `x` `[rows, in_features]`, in the order of the tokens. Experts that are stored as one tensor have the name of that
+/// tensor and their number (`….experts.down_proj.3`), and see the tokens that chose them. Rows that are looked up in a
+/// table of embeddings are no products. Layers that share an input (queries, keys and values) are called with the same
+/// tensor one after the other, before any of them is computed.
+pub trait Observer: std::fmt::Debug + Send + Sync {
+    /// Takes note of an input.
+    fn observe(&self, name: &str, x: Tensor<2>);
+}
+
+/// The name by which an observer knows a matrix.
+#[derive(Debug, Clone)]
+struct Observed {
+    name: String,
+    observer: Arc<dyn Observer>,
+}
+
 /// A weight matrix `[out_features, in_features]`, dense or packed; nobody above can tell which.
 #[derive(Module, Debug)]
 pub struct Matrix {
@@ -17,6 +38,9 @@ pub struct Matrix {
     /// Values in their storage format.
     #[module(skip)]
     packed: Option<Arc<dyn PackedMatrix>>,
+    /// Who sees its inputs.
+    #[module(skip)]
+    observed: Option<Observed>,
 }
 
 impl Matrix {
@@ -25,6 +49,7 @@ impl Matrix {
         Self {
             dense: Some(values),
             packed: None,
+            observed: None,
         }
     }
 
@@ -33,7 +58,18 @@ impl Matrix {
         Self {
             dense: None,
             packed: Some(matrix),
+            observed: None,
         }
+    }
+
+    /// The same matrix, whose inputs `observer` sees under `name`.
+    #[must_use]
+    pub fn observed(mut self, name: &str, observer: Option<&Arc<dyn Observer>>) -> Self {
+        self.observed = observer.map(|observer| Observed {
+            name: name.to_string(),
+            observer: observer.clone(),
+        });
+        self
     }
 
     /// `[out_features, in_features]`.
@@ -45,8 +81,13 @@ impl Matrix {
         }
     }
 
-    /// What a product reads.
-    fn weight(&self) -> Weight {
+    /// What a product with `x` reads.
+    fn weight<const D: usize>(&self, x: &Tensor<D>) -> Weight {
+        if let Some(Observed { name, observer }) = &self.observed {
+            let in_features = x.dims()[D - 1];
+            let rows = x.dims().iter().product::<usize>() / in_features.max(1);
+            observer.observe(name, x.clone().reshape([rows, in_features]));
+        }
         match (&self.packed, &self.dense) {
             (Some(packed), _) => Weight::Packed(packed.clone()),
             (None, Some(dense)) => Weight::Dense(dense.val()),
@@ -56,7 +97,8 @@ impl Matrix {
 
     /// `x · Wᵀ + bias`: `[.., in_features]` to `[.., out_features]`.
     pub fn linear<const D: usize>(&self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
-        linear(x, (self.weight(), bias), None)
+        let weight = self.weight(&x);
+        linear(x, (weight, bias), None)
     }
 
     /// The rows `ids` as a dense tensor `[ids.len(), in_features]`.
@@ -114,21 +156,29 @@ impl Linear {
     }
 
     fn apply<const D: usize>(&self, x: Tensor<D>, act: Option<Activation>) -> Tensor<D> {
-        linear(x, self.operand(), act)
+        let operand = self.operand(&x);
+        linear(x, operand, act)
     }
 
     /// Several layers over the same input, at once where their weights allow it.
     pub fn forward_all<const D: usize, const N: usize>(layers: [&Self; N], x: Tensor<D>) -> [Tensor<D>; N] {
-        linears(x, layers.map(Self::operand), None)
+        let operands = layers.map(|layer| layer.operand(&x));
+        linears(x, operands, None)
     }
 
     /// `second(act(first(x)))`: `[.., in_features]` to `[.., out_features]`.
     pub fn feed_forward<const D: usize>(layers: [&Self; 2], x: Tensor<D>, act: Activation) -> Tensor<D> {
-        feed_forward(x, layers.map(Self::operand), act)
+        let [first, second] = layers;
+        if second.weight.observed.is_some() {
+            // What is between the two is only known where they are computed one by one.
+            return second.forward(first.forward_act(x, act));
+        }
+        let operands = layers.map(|layer| layer.operand(&x));
+        feed_forward(x, operands, act)
     }
 
-    fn operand(&self) -> (Weight, Option<Tensor<1>>) {
-        (self.weight.weight(), self.bias.as_ref().map(Param::val))
+    fn operand<const D: usize>(&self, x: &Tensor<D>) -> (Weight, Option<Tensor<1>>) {
+        (self.weight.weight(x), self.bias.as_ref().map(Param::val))
     }
 
     /// Number of output features.

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Distribution, FloatDType, Shape, Tensor, TensorData};
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
 use oxiformers_kernels::ggml;
 
-use crate::linear::Matrix;
+use crate::linear::{Matrix, Observer};
 use crate::{Error, Result};
 
 /// Named tensors of one model.
@@ -68,6 +68,8 @@ pub struct LoadOptions {
     /// Their float type; `None` keeps matrices as stored (packed or 16-bit) where the device multiplies
     /// with them directly, and computes in f32.
     pub dtype: Option<FloatDType>,
+    /// Who sees the inputs of linear layers, for calibration.
+    pub observer: Option<Arc<dyn Observer>>,
 }
 
 impl Default for LoadOptions {
@@ -75,6 +77,7 @@ impl Default for LoadOptions {
         Self {
             device: Device::flex(),
             dtype: None,
+            observer: None,
         }
     }
 }
@@ -195,9 +198,7 @@ impl Weights {
         let full = self.full(name);
         match self.take(&full, &shape)? {
             Some(view) => self.matrix_from(full, view),
-            None => Ok(Matrix::dense(
-                self.register(full, self.fresh(shape, Init::Normal)),
-            )),
+            None => Ok(self.dense_matrix(full, self.fresh(shape, Init::Normal))),
         }
     }
 
@@ -214,7 +215,7 @@ impl Weights {
         let full = self.full(name);
         let Some(view) = self.take(&full, &[in_features, out_features])? else {
             let fresh = self.fresh([out_features, in_features], Init::Normal);
-            return Ok(Matrix::dense(self.register(full, fresh)));
+            return Ok(self.dense_matrix(full, fresh));
         };
         // Copied once into the order that the multiplication reads.
         let data = self.dense::<2>(&full, &view)?.transpose().into_data();
@@ -227,7 +228,7 @@ impl Weights {
             return self.matrix_from(full, values);
         }
         let tensor = Tensor::from_data(data, self.device());
-        Ok(Matrix::dense(self.register(full, tensor)))
+        Ok(self.dense_matrix(full, tensor))
     }
 
     /// `shape[0]` matrices `[shape[1], shape[2]]` that are stored as one tensor.
@@ -237,7 +238,7 @@ impl Weights {
             return (0..shape[0])
                 .map(|i| {
                     let fresh = self.fresh([shape[1], shape[2]], Init::Normal);
-                    Ok(Matrix::dense(self.register(format!("{full}.{i}"), fresh)))
+                    Ok(self.dense_matrix(format!("{full}.{i}"), fresh))
                 })
                 .collect();
         };
@@ -392,10 +393,15 @@ impl Weights {
         if self.packs()
             && let Some(packed) = oxiformers_quant::pack(&view)
         {
-            return Ok(Matrix::packed(packed));
+            return Ok(Matrix::packed(packed).observed(&full, self.shared.options.observer.as_ref()));
         }
         let tensor = self.dense(&full, &view)?;
-        Ok(Matrix::dense(self.register(full, tensor)))
+        Ok(self.dense_matrix(full, tensor))
+    }
+
+    fn dense_matrix(&self, full: String, tensor: Tensor<2>) -> Matrix {
+        let observer = self.shared.options.observer.as_ref();
+        Matrix::dense(self.register(full.clone(), tensor)).observed(&full, observer)
     }
 
     /// Whether matrices are kept in a form that products on the CPU read.
@@ -445,4 +451,40 @@ pub fn to_f32(view: &TensorView) -> Result<Vec<f32>, String> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing that runs under these locks can leave the data half-changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Linear;
+
+    #[derive(Debug, Default)]
+    struct Shapes(Mutex<Vec<(String, [usize; 2])>>);
+
+    impl Observer for Shapes {
+        fn observe(&self, name: &str, x: Tensor<2>) {
+            lock(&self.0).push((name.to_string(), x.dims()));
+        }
+    }
+
+    #[test]
+    fn an_observer_sees_the_input_of_every_product() {
+        let shapes = Arc::new(Shapes::default());
+        let options = LoadOptions {
+            observer: Some(shapes.clone()),
+            ..LoadOptions::default()
+        };
+        let w = Weights::init(options, 0.5);
+        let layer = |name: &str, from, to| Linear::load(&w.pp(name), from, to, true).unwrap();
+        let (a, b, c) = (layer("a", 6, 4), layer("b", 4, 5), layer("c", 6, 7));
+        let x = Tensor::<3>::ones([2, 3, 6], &Device::flex());
+        let apart = b.forward(a.forward_act(x.clone(), crate::Activation::Gelu));
+        Linear::forward_all([&a, &c], x.clone());
+        let fused = Linear::feed_forward([&a, &b], x, crate::Activation::Gelu);
+        assert_eq!(apart.into_data(), fused.into_data());
+        let seen = lock(&shapes.0);
+        let seen: Vec<_> = seen.iter().map(|(name, shape)| (name.as_str(), *shape)).collect();
+        let (a, b) = (("a.weight", [6, 6]), ("b.weight", [6, 4]));
+        assert_eq!(seen, [a, b, a, ("c.weight", [6, 6]), a, b]);
+    }
 }
