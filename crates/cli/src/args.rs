@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use oxiformers::Task;
+use oxiformers::hub::checkpoint::DType;
+use oxiformers::hub::checkpoint::gguf::GgmlType;
+use oxiformers::quant::gguf::FileType;
 
 /// Hugging Face Transformers, in Rust: chat with, run and inspect open models.
 #[derive(Debug, Parser)]
@@ -27,6 +30,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Say what a model is made of, without loading it.
     Inspect(InspectArgs),
+    /// Write a model with fewer bits per weight.
+    Quantize(QuantizeArgs),
     /// Fetch a model into the cache.
     Download(DownloadArgs),
     /// List, verify or remove what is in the cache.
@@ -347,6 +352,65 @@ pub struct InspectArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct QuantizeArgs {
+    #[arg(help = MODEL_HELP)]
+    pub model: String,
+    #[arg(long, value_name = "METHOD", help = format!(
+        "gguf:TYPE, from a GGUF to another; TYPE is one of {}",
+        FileType::ALL.iter().map(|ty| ty.name()).collect::<Vec<_>>().join(", ")
+    ))]
+    pub method: Method,
+    /// The file to write.
+    #[arg(long, value_name = "FILE", required_unless_present = "dry_run")]
+    pub output: Option<PathBuf>,
+    /// Another type for the tensors that have PART in their name, such as ffn_down=Q6_K; may be repeated, the first
+    /// that fits counts.
+    #[arg(long, value_name = "PART=TYPE", value_parser = tensor_type)]
+    pub tensor_type: Vec<(String, DType)>,
+    /// Only say which tensor would get which type, and how large the file would be.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write over a file that is there already.
+    #[arg(long)]
+    pub force: bool,
+    /// Number of CPU threads [default: one per core].
+    #[arg(long, env = "OXIFORMERS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+/// How weights are narrowed.
+#[derive(Debug, Clone, Copy)]
+pub enum Method {
+    Gguf(FileType),
+}
+
+impl std::str::FromStr for Method {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("gguf", ty)) => ty.parse().map(Self::Gguf),
+            _ => Err(format!(
+                "`{text}` is no method; it is gguf:TYPE, such as gguf:Q4_K_M"
+            )),
+        }
+    }
+}
+
+fn tensor_type(text: &str) -> Result<(String, DType), String> {
+    let Some((part, name)) = text.rsplit_once('=').filter(|(part, _)| !part.is_empty()) else {
+        return Err("write it as PART=TYPE, such as ffn_down=Q6_K".to_string());
+    };
+    let plain = [DType::F32, DType::F16, DType::BF16];
+    let blocks = GgmlType::ALL.iter().map(|ty| DType::Ggml(*ty));
+    let mut all = plain.into_iter().chain(blocks);
+    match all.find(|dtype| dtype.name().eq_ignore_ascii_case(name)) {
+        Some(dtype) => Ok((part.to_string(), dtype)),
+        None => Err(format!("`{name}` is no type of tensor")),
+    }
 }
 
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ mod interrupt;
 mod job;
 mod perplexity;
 mod pipeline;
+mod quantize;
 mod records;
 mod session;
 
@@ -72,6 +73,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Download(args) => hub::download(&args),
         Command::Cache(command) => hub::cache(&command),
         Command::Env(args) => env::run(&args),

@@ -19,7 +19,7 @@
 //! [`LanguageModel`] puts the parts together that a checkpoint consists of, [`Seq2SeqModel`] those of an
 //! encoder-decoder. A [`Pipeline`] does a whole task, from raw input to an answer. The parts live in rooms of their own,
 //! re-exported here: [`pipelines`] holds the tasks, [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
-//! holds the architectures, [`nn`] their layers, [`generate`] the decoding loop.
+//! holds the architectures, [`nn`] their layers, [`quant`] their packed weights, [`generate`] the decoding loop.
 
 pub mod device;
 mod perplexity;
@@ -30,6 +30,7 @@ pub use oxiformers_models as models;
 pub use oxiformers_nn as nn;
 pub use oxiformers_pipelines as pipelines;
 pub use oxiformers_processors as processors;
+pub use oxiformers_quant as quant;
 
 pub use burn::tensor::FloatDType;
 pub use futures::executor::block_on;

@@ -1,5 +1,5 @@
 //! Packed weights: one trait ([`PackedMatrix`], defined by the operator that multiplies with it), one
-//! file per scheme.
+//! file per scheme; and how models are written with them.
 
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ pub use oxiformers_kernels::PackedMatrix;
 
 pub mod float;
 pub mod ggml;
+pub mod gguf;
 
 /// Keeps a stored matrix `[out_features, in_features]` in its storage format, or `None` where that is no format that
 /// can be multiplied with.
