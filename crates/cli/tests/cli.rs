@@ -773,3 +773,146 @@ fn a_pipeline_goes_on_where_it_was_stopped() {
     assert_eq!(std::fs::read_to_string(&output).unwrap(), expected);
     assert!(!note.exists());
 }
+
+/// A tiny Llama as GGUF, all of f32.
+fn tiny_gguf() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures/gguf/llama.gguf")
+}
+
+fn quantize(model: &Path, method: &str) -> Command {
+    let mut command = oxiformers();
+    command.arg("quantize").arg(model).args(["--method", method]);
+    command
+}
+
+#[test]
+fn a_gguf_is_quantized() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out.gguf");
+    let types = |extra: &[&str]| {
+        let mut command = quantize(&tiny_gguf(), "gguf:q8_0");
+        let output = command.args(extra).assert().success().get_output().stdout.clone();
+        String::from_utf8(output).unwrap()
+    };
+    let table = types(&["--dry-run"]);
+    let line = |table: &str, name: &str| {
+        let line = table.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().to_string()
+    };
+    assert_eq!(line(&table, "blk.0.attn_q.weight"), "Q8_0");
+    assert_eq!(line(&table, "output_norm.weight"), "F32");
+    let table = types(&["--dry-run", "--tensor-type", "attn_q=f16"]);
+    assert_eq!(line(&table, "blk.0.attn_q.weight"), "F16");
+
+    let write = || {
+        let mut command = quantize(&tiny_gguf(), "gguf:Q8_0");
+        command.arg("--output").arg(&output);
+        command
+    };
+    write().assert().success().stderr(contains("Q8_0"));
+    let report = json(oxiformers().args(["inspect", "--json"]).arg(&output));
+    assert!(report.to_string().contains("Q8_0"), "{report}");
+    write().assert().failure().stderr(contains("--force"));
+    write().arg("--force").assert().success();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn what_cannot_be_quantized_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out.gguf");
+    let fails = |model: &Path, method: &str, extra: &[&str], message: &str| {
+        let mut command = quantize(model, method);
+        let failed = command
+            .arg("--output")
+            .arg(&output)
+            .args(extra)
+            .assert()
+            .failure();
+        failed.stderr(contains(message).and(contains("panicked").not()));
+        assert!(std::fs::read_dir(folder.path()).unwrap().next().is_none());
+    };
+    fails(&tiny_gguf(), "gguf:Q9_X", &[], "Q4_K_M");
+    fails(&tiny_gguf(), "zip", &[], "gguf:Q4_K_M");
+    fails(
+        &tiny_gguf(),
+        "gguf:Q8_0",
+        &["--tensor-type", "attn_q"],
+        "PART=TYPE",
+    );
+    fails(
+        &tiny_gguf(),
+        "gguf:Q8_0",
+        &["--tensor-type", "attn_norm=Q6_K"],
+        "attn_norm",
+    );
+    fails(
+        &tiny_gguf(),
+        "gguf:Q8_0",
+        &["--tensor-type", "attn_norm=I32"],
+        "I32",
+    );
+    // The folder to write to is not there.
+    quantize(&tiny_gguf(), "gguf:Q8_0")
+        .arg("--output")
+        .arg(folder.path().join("none/out.gguf"))
+        .assert()
+        .failure()
+        .stderr(contains("none"));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_file_is_not_there() {
+    use oxiformers::hub::checkpoint::gguf::{Pairs, write};
+    use oxiformers::hub::checkpoint::{DType, TensorInfo};
+
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model.gguf");
+    let shape = vec![8192, 4096];
+    let tensor = TensorInfo {
+        name: "blk.0.ffn_up.weight".to_string(),
+        dtype: DType::F16,
+        shape: shape.clone(),
+    };
+    let mut pairs = Pairs::default();
+    pairs.set("general.architecture", "llama");
+    let mut file = std::io::BufWriter::new(std::fs::File::create(&model).unwrap());
+    let half_floats = |index: usize| (0x3000 | (index * 40503) as u16 & 0x8FFF).to_le_bytes();
+    write(&mut file, "model.gguf", &pairs, &[tensor], |_, out| {
+        let values: Vec<u8> = (0..shape.iter().product()).flat_map(half_floats).collect();
+        out.write_all(&values)
+            .map_err(oxiformers::hub::Error::io("model.gguf"))
+    })
+    .unwrap();
+    drop(file);
+
+    let output = folder.path().join("out.gguf");
+    let child = Process::new(assert_cmd::cargo::cargo_bin("oxiformers"))
+        .arg("quantize")
+        .arg(&model)
+        .args(["--method", "gguf:Q2_K", "--threads", "1", "--output"])
+        .arg(&output)
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let files = || std::fs::read_dir(folder.path()).unwrap().count();
+    let begin = Instant::now();
+    while files() < 2 {
+        assert!(begin.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    Process::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    let result = child.wait_with_output().unwrap();
+    let message = String::from_utf8(result.stderr).unwrap();
+    assert!(
+        !result.status.success() && message.contains("interrupted"),
+        "{message}"
+    );
+    assert!(!output.exists());
+    assert_eq!(files(), 1);
+}

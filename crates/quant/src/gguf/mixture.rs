@@ -122,7 +122,7 @@ impl Role {
 
 /// Whether a tensor is narrowed at all: matrices are, but for small ones that matter much.
 fn narrows(info: &TensorInfo) -> bool {
-    const KEPT: [&str; 8] = [
+    const KEPT: &[&str] = &[
         "_norm.weight",
         "ffn_gate_inp.weight",
         "position_embd",
@@ -131,6 +131,23 @@ fn narrows(info: &TensorInfo) -> bool {
         "laurel",
         "per_layer_model_proj",
         "attn_rel_b.weight",
+        "ssm_conv1d",
+        "shortconv.conv.weight",
+        "indexer.k_proj.weight",
+        "indexer.q_proj.weight",
+        "time_mix_first",
+        "time_mix_w1.weight",
+        "time_mix_w2.weight",
+        "time_mix_v1.weight",
+        "time_mix_v2.weight",
+        "time_mix_a1.weight",
+        "time_mix_a2.weight",
+        "time_mix_g1.weight",
+        "time_mix_g2.weight",
+        "time_mix_decay_w1.weight",
+        "time_mix_decay_w2.weight",
+        "time_mix_lerp_fused",
+        "ffn_gate_tid2eid.weight",
     ];
     let matrix = info.shape.iter().filter(|dim| **dim > 1).count() > 1 && info.shape.len() > 1;
     matrix && info.name.ends_with("weight") && !KEPT.iter().any(|part| info.name.contains(part))
