@@ -10,7 +10,8 @@ use oxiformers_nn::{Backbone, EncoderInputs, Head, LoadOptions, Weights};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::registry::AnyEncoder;
+use crate::registry::{AnyConfig, AnyEncoder};
+use crate::tapas::{TableAnswer, TableHead};
 use crate::tasks::{
     DocumentQuestionAnswering, Labels, MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining,
     QuestionAnswering, SequenceClassification, Task, TaskType, TokenClassification,
@@ -74,7 +75,9 @@ impl AutoModel {
     }
 
     fn load(config: AutoConfig, weights: &Weights, options: &LoadOptions, model: &str) -> Result<Self> {
-        let (encoder, pooler) = load(&config, weights, Task::Base, 0, model)?;
+        let (encoder, pooler) = load(&config, weights, Task::Base, model, |c, w, encoder| {
+            c.load_head(Task::Base, w, encoder, 0)
+        })?;
         Ok(Self {
             config,
             encoder,
@@ -160,12 +163,10 @@ impl<T: TaskType> AutoModelFor<T> {
 
     fn load(config: AutoConfig, weights: &Weights, options: &LoadOptions, model: &str) -> Result<Self> {
         let labels = Labels::from_json(&config.json).map_err(Error::of(model))?;
-        let (encoder, head) = load(&config, weights, T::TASK, labels.len(), model)?;
-        let head = head.ok_or_else(|| Error::NoTask {
-            model: model.to_string(),
-            model_type: config.model_type.clone(),
-            task: T::TASK,
+        let (encoder, head) = load(&config, weights, T::TASK, model, |c, w, encoder| {
+            c.load_head(T::TASK, w, encoder, labels.len())
         })?;
+        let head = head.ok_or_else(|| no_task(model, &config, T::TASK))?;
         Ok(Self {
             config,
             labels,
@@ -203,6 +204,86 @@ fn prepare<'a>(config: &AutoConfig, task: Task, inputs: &'a EncoderInputs) -> Re
     Ok(changed.map_or(Cow::Borrowed(inputs), Cow::Owned))
 }
 
+/// Answers questions about tables by choosing cells.
+#[derive(Debug)]
+pub struct AutoModelForTableQuestionAnswering {
+    /// Its configuration.
+    pub config: AutoConfig,
+    /// The encoder.
+    pub encoder: AnyEncoder,
+    /// What makes an answer of its hidden states.
+    pub head: TableHead,
+    device: Device,
+}
+
+/// What such a model makes of a batch.
+#[derive(Debug, Clone)]
+pub struct TableQuestionAnsweringOutput {
+    /// `[batch, seq]`: the logits of the cells that the tokens are of; -10000 outside of the likeliest column.
+    pub logits: Tensor<2>,
+    /// `[batch, num_aggregation_labels]`: what to do with the cells, where the model was trained to.
+    pub logits_aggregation: Option<Tensor<2>>,
+    /// `[batch, seq, hidden_size]`; rows of padding tokens mean nothing.
+    pub last_hidden_state: Tensor<3>,
+    /// The embeddings and what each layer made of them, where it was asked for.
+    pub hidden_states: Vec<Tensor<3>>,
+}
+
+impl AutoModelForTableQuestionAnswering {
+    /// Loads a model from its files.
+    ///
+    /// # Errors
+    /// Whatever does not fit is named: the file, the field, the tensor; a missing head too.
+    pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        const TASK: Task = Task::TableQuestionAnswering;
+        let (config, weights) = open(files, options)?;
+        let (encoder, head) = load(&config, &weights, TASK, files.name(), |c, w, _| match c {
+            AnyConfig::Tapas(config) => config.table_head(w).map(Some),
+            _ => Ok(None),
+        })?;
+        let head = head.ok_or_else(|| no_task(files.name(), &config, TASK))?;
+        Ok(Self {
+            config,
+            encoder,
+            head,
+            device: options.device.clone(),
+        })
+    }
+
+    /// Runs a batch.
+    ///
+    /// # Errors
+    /// Where the inputs do not fit the model: an id outside of the vocabulary, a sequence that is too long.
+    pub fn forward(&self, inputs: &EncoderInputs) -> Result<TableQuestionAnsweringOutput> {
+        let output = self.encoder.forward(inputs, &self.device)?;
+        let TableAnswer {
+            logits,
+            logits_aggregation,
+        } = self
+            .head
+            .forward(output.last_hidden_state.clone(), inputs, &self.device);
+        Ok(TableQuestionAnsweringOutput {
+            logits,
+            logits_aggregation,
+            last_hidden_state: output.last_hidden_state,
+            hidden_states: output.hidden_states,
+        })
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+fn no_task(model: &str, config: &AutoConfig, task: Task) -> Error {
+    Error::NoTask {
+        model: model.to_string(),
+        model_type: config.model_type.clone(),
+        task,
+    }
+}
+
 fn open(files: &ModelFiles, options: &LoadOptions) -> Result<(AutoConfig, Weights)> {
     let config = AutoConfig::from_files(files)?;
     let base = config.architecture.base();
@@ -211,16 +292,16 @@ fn open(files: &ModelFiles, options: &LoadOptions) -> Result<(AutoConfig, Weight
 }
 
 /// The encoder and the head for a task; none where the architecture knows no such task.
-fn load(
+fn load<H>(
     config: &AutoConfig,
     weights: &Weights,
     task: Task,
-    labels: usize,
     model: &str,
-) -> Result<(AnyEncoder, Option<Head>)> {
+    head: impl FnOnce(&AnyConfig, &Weights, &AnyEncoder) -> oxiformers_nn::Result<Option<H>>,
+) -> Result<(AnyEncoder, Option<H>)> {
     let (encoder, head) = auto::build(config, weights, model, |architecture, weights| {
         let encoder = architecture.load_encoder(task, weights)?;
-        let head = architecture.load_head(task, weights, &encoder, labels);
+        let head = head(architecture, weights, &encoder);
         // Heads for other tasks stand beside the base model.
         let base = format!("{}.", architecture.base());
         if weights.names().iter().any(|name| name.starts_with(&base)) {

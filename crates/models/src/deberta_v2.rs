@@ -449,10 +449,7 @@ impl EncoderArchitecture for Config {
             Task::MultipleChoice => of_text(1)?,
             Task::TokenClassification => of_tokens().output(linear("classifier", labels)?),
             Task::QuestionAnswering => of_tokens().output(linear("qa_outputs", 2)?),
-            Task::Base
-            | Task::DocumentQuestionAnswering
-            | Task::NextSentencePrediction
-            | Task::PreTraining => return Ok(None),
+            _ => return Ok(None),
         }))
     }
 

@@ -100,10 +100,7 @@ impl EncoderArchitecture for Config {
             Task::MultipleChoice => classifier(1)?,
             Task::TokenClassification => Head::new(Reads::All).output(linear("classifier", labels)?),
             Task::QuestionAnswering => Head::new(Reads::All).output(linear("qa_outputs", 2)?),
-            Task::Base
-            | Task::DocumentQuestionAnswering
-            | Task::NextSentencePrediction
-            | Task::PreTraining => return Ok(None),
+            _ => return Ok(None),
         }))
     }
 

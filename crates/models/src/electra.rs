@@ -129,7 +129,7 @@ impl EncoderArchitecture for Config {
                 let output = linear("discriminator_predictions.dense_prediction", 1)?;
                 of_tokens().dense(dense, c.hidden_act).output(output)
             }
-            Task::Base | Task::DocumentQuestionAnswering | Task::NextSentencePrediction => return Ok(None),
+            _ => return Ok(None),
         }))
     }
 

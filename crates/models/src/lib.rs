@@ -80,8 +80,9 @@ pub use auto::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM};
 pub use auto_encoder::{
     AutoModel, AutoModelFor, AutoModelForDocumentQuestionAnswering, AutoModelForMaskedLM,
     AutoModelForMultipleChoice, AutoModelForNextSentencePrediction, AutoModelForPreTraining,
-    AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoModelForTextEncoding,
-    AutoModelForTokenClassification, BaseModelOutput, ModelOutput,
+    AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoModelForTableQuestionAnswering,
+    AutoModelForTextEncoding, AutoModelForTokenClassification, BaseModelOutput, ModelOutput,
+    TableQuestionAnsweringOutput,
 };
 pub use error::Error;
 pub use oxiformers_nn as nn;

@@ -23,6 +23,9 @@ pub enum Task {
     NextSentencePrediction,
     /// What an architecture was trained on, if that is none of the others.
     PreTraining,
+    /// Which cells of a table answer a question; see
+    /// [`AutoModelForTableQuestionAnswering`](crate::AutoModelForTableQuestionAnswering).
+    TableQuestionAnswering,
 }
 
 /// A task as a type, which says what form the answer has.

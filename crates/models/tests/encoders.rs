@@ -16,7 +16,7 @@ use oxiformers_models::tasks::{
     DocumentQuestionAnswering, MaskedLM, MultipleChoice, NextSentencePrediction, PreTraining,
     QuestionAnswering, SequenceClassification, SpanLogits, TaskType, TokenClassification,
 };
-use oxiformers_models::{AutoModel, AutoModelFor, Error, Task};
+use oxiformers_models::{AutoModel, AutoModelFor, AutoModelForTableQuestionAnswering, Error, Task};
 
 use common::{Reference, TOLERANCE, fixtures, largest_difference};
 
@@ -96,7 +96,7 @@ fn batches(reference: &Reference, types: bool) -> [(EncoderInputs, &'static str)
         let inputs = EncoderInputs {
             token_type_ids,
             bbox: of_each_token(reference, "bbox", inputs.dims()[1]),
-            table_ids: of_each_token(reference, "table_ids", inputs.dims()[1]),
+            table_ids: of_each_token(reference, &format!("table_ids{what}"), inputs.dims()[1]),
             output_hidden_states: true,
             ..inputs
         };
@@ -253,6 +253,49 @@ fn hidden_states_and_logits_equal_transformers() {
         }
     }
     assert!(failures.is_empty(), "beyond {TOLERANCE:e}: {failures:?}");
+}
+
+#[test]
+fn answers_from_tables_equal_transformers() {
+    let named = |dir: &Path| {
+        dir.file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("tapas"))
+    };
+    let dirs: Vec<_> = fixtures("encoders")
+        .into_iter()
+        .filter(|dir| named(dir))
+        .collect();
+    assert!(!dirs.is_empty());
+    for dir in dirs {
+        let files = model(&dir, &with_head(&tensors(&dir), "TableQuestionAnswering"));
+        let loaded = AutoModelForTableQuestionAnswering::from_files(&files, &LoadOptions::default());
+        let loaded = loaded.unwrap_or_else(|error| panic!("{error}"));
+        let reference = Reference::open(&dir);
+        for (inputs, what) in batches(&reference, false) {
+            let output = loaded.forward(&inputs).expect("forward");
+            let expected = |name| reference.floats(&format!("TableQuestionAnswering.{name}{what}"));
+            // What is not chosen has -10000, which has no digits left for the rest.
+            let chosen = |logits: &[f32]| logits.iter().map(|x| x.max(-1000.0)).collect::<Vec<_>>();
+            let (ours, theirs) = (chosen(&floats(output.logits)), chosen(&expected("logits")));
+            assert!(theirs.iter().any(|x| *x > -1000.0));
+            let difference = of_tokens(&ours, &theirs, &inputs);
+            assert!(difference < TOLERANCE, "{}: {difference:e}", dir.display());
+            let name = format!("TableQuestionAnswering.logits_aggregation{what}");
+            assert_eq!(output.logits_aggregation.is_some(), reference.contains(&name));
+            if let Some(ours) = output.logits_aggregation {
+                let difference = largest_difference(&floats(ours), &expected("logits_aggregation"));
+                assert!(difference < TOLERANCE, "{}: {difference:e}", dir.display());
+            }
+        }
+    }
+    // Other encoders have no such head.
+    let dir = fixtures("encoders")
+        .into_iter()
+        .find(|dir| dir.ends_with("bert"))
+        .expect("bert");
+    let files = model(&dir, &with_head(&tensors(&dir), "MaskedLM"));
+    let loaded = AutoModelForTableQuestionAnswering::from_files(&files, &LoadOptions::default());
+    assert!(matches!(loaded, Err(Error::NoTask { .. })), "{loaded:?}");
 }
 
 #[test]

@@ -41,8 +41,8 @@ pub use models::{
     AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForDocumentQuestionAnswering,
     AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForNextSentencePrediction,
     AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification, AutoModelForTextEncoding, AutoModelForTokenClassification, CausalLM,
-    Labels, ProblemType, Seq2SeqLM,
+    AutoModelForSequenceClassification, AutoModelForTableQuestionAnswering, AutoModelForTextEncoding,
+    AutoModelForTokenClassification, CausalLM, Labels, ProblemType, Seq2SeqLM,
 };
 pub use nn::{EncoderInputs, LoadOptions};
 pub use perplexity::{Perplexity, perplexity};
@@ -54,4 +54,6 @@ pub use pipelines::{
     Seq2SeqModel, Summarization, Task, Text2TextGeneration, TextClassification, TextGeneration,
     TokenClassification, Translation, ZeroShotClassification, tasks,
 };
-pub use processors::{ChatTemplate, Message, RenderOptions, Tokenizer, Tokenizer as AutoTokenizer};
+pub use processors::{
+    ChatTemplate, Message, RenderOptions, Table, TableEncoding, Tokenizer, Tokenizer as AutoTokenizer,
+};

@@ -3,7 +3,8 @@
 use oxiformers_generate::GenerationConfig;
 use oxiformers_hub::ModelFiles;
 use oxiformers_models::{
-    AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForSeq2SeqLM, TaskType,
+    AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
+    AutoModelForTableQuestionAnswering, TaskType,
 };
 use oxiformers_nn::LoadOptions;
 use oxiformers_processors::Tokenizer;
@@ -67,6 +68,12 @@ impl FromPretrained for AutoModel {
 }
 
 impl<T: TaskType> FromPretrained for AutoModelFor<T> {
+    fn from_model_files(files: &ModelFiles) -> Result<Self> {
+        Ok(Self::from_files(files, &LoadOptions::default())?)
+    }
+}
+
+impl FromPretrained for AutoModelForTableQuestionAnswering {
     fn from_model_files(files: &ModelFiles) -> Result<Self> {
         Ok(Self::from_files(files, &LoadOptions::default())?)
     }
