@@ -5,8 +5,9 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
+use oxiformers_kernels::ggml::{self, GgmlRows};
 use oxiformers_kernels::int8::Int8Matrix;
-use oxiformers_kernels::{Form, PackedMatrix, ggml};
+use oxiformers_kernels::{Form, PackedMatrix};
 
 /// A matrix whose rows are runs of ggml blocks.
 #[derive(Debug, Clone)]
@@ -57,10 +58,8 @@ impl PackedMatrix for GgmlMatrix {
     }
 
     fn form(&self) -> Form<'_> {
-        let [rows, cols] = self.shape;
         // From then on a few rows are looked up at most.
-        let done = oxiformers_hub::release;
-        let pack = || Int8Matrix::pack(self.ty, rows, cols, &self.data, &done);
+        let pack = || Int8Matrix::from_codes(&GgmlRows::new(self.ty, self.shape, &self.data));
         Form::Int8(self.int8.get_or_init(pack))
     }
 }

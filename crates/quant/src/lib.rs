@@ -6,6 +6,7 @@ use std::sync::Arc;
 use oxiformers_hub::checkpoint::{DType, TensorView};
 pub use oxiformers_kernels::PackedMatrix;
 
+pub mod codes;
 pub mod float;
 pub mod ggml;
 pub mod gguf;

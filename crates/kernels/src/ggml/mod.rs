@@ -3,11 +3,13 @@
 //! A block holds a fixed number of values, packed to a few bits each, and the scales they share. Source of the
 //! layouts and of the arithmetic: `ggml-common.h` and `ggml-quants.c` of the ggml project.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use half::f16;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
 
+use crate::int8::{CodeLayout, CodeRows, Shift};
 use crate::threads;
 
 mod fit;
@@ -209,6 +211,125 @@ impl Visitor for Dequantize<'_> {
                         None => (i32::from(*code) - F::OFFSET) as f32 * scale,
                     };
                 }
+            }
+        }
+    }
+}
+
+/// Rows of blocks, as codes.
+#[derive(Clone, Copy)]
+pub struct GgmlRows<'a> {
+    ty: GgmlType,
+    shape: [usize; 2],
+    bytes: &'a [u8],
+}
+
+impl std::fmt::Debug for GgmlRows<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GgmlRows({}, {:?})", self.ty.name(), self.shape)
+    }
+}
+
+impl<'a> GgmlRows<'a> {
+    /// `shape[0]` rows of whole blocks, `shape[1]` values each, whose number the caller has checked.
+    pub fn new(ty: GgmlType, shape: [usize; 2], bytes: &'a [u8]) -> Self {
+        Self { ty, shape, bytes }
+    }
+
+    fn bytes_of(&self, rows: Range<usize>) -> &'a [u8] {
+        let row_bytes = self.shape[1] / self.ty.block_size() * self.ty.type_size();
+        &self.bytes[rows.start * row_bytes..rows.end * row_bytes]
+    }
+}
+
+impl CodeRows for GgmlRows<'_> {
+    fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    fn layout(&self) -> CodeLayout {
+        struct Table<F, const B: usize, const N: usize>(std::marker::PhantomData<F>);
+        impl<F: Format<B, N>, const B: usize, const N: usize> Table<F, B, N> {
+            const VALUES: Option<[f32; 16]> = match F::TABLE {
+                Some(table) => {
+                    let (mut values, mut code) = ([0.0; 16], 0);
+                    while code < 16 {
+                        values[code] = table[code] as f32;
+                        code += 1;
+                    }
+                    Some(values)
+                }
+                None => None,
+            };
+            const SHARED: Option<&'static [f32; 16]> = Self::VALUES.as_ref();
+        }
+        struct Layout;
+        impl Visitor for Layout {
+            type Output = CodeLayout;
+
+            fn visit<F: Format<B, N>, const B: usize, const N: usize>(self) -> CodeLayout {
+                CodeLayout {
+                    bits: F::BITS,
+                    group: F::GROUP,
+                    shift: if F::MIN {
+                        Shift::Mins
+                    } else {
+                        Shift::Offset(F::OFFSET)
+                    },
+                    table: Table::<F, B, N>::SHARED,
+                }
+            }
+        }
+        with_format(self.ty, Layout)
+    }
+
+    fn unpack(&self, rows: Range<usize>, codes: &mut [u8], scales: &mut [f32], shifts: &mut [f32]) {
+        let blocks = self.bytes_of(rows);
+        pulp::Arch::new().dispatch(Unpack {
+            ty: self.ty,
+            blocks,
+            codes,
+            scales,
+            shifts,
+        });
+    }
+
+    fn release(&self, rows: Range<usize>) {
+        oxiformers_hub::release(self.bytes_of(rows));
+    }
+}
+
+struct Unpack<'a> {
+    ty: GgmlType,
+    blocks: &'a [u8],
+    codes: &'a mut [u8],
+    scales: &'a mut [f32],
+    shifts: &'a mut [f32],
+}
+
+impl pulp::NullaryFnOnce for Unpack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        with_format(self.ty, self);
+    }
+}
+
+impl Visitor for Unpack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn visit<F: Format<B, N>, const B: usize, const N: usize>(self) {
+        let blocks = self.blocks.as_chunks::<B>().0.iter();
+        let scales = self.scales.chunks_exact_mut(N / F::GROUP);
+        let mut mins = self.shifts.chunks_exact_mut(N / F::GROUP);
+        let mut groups = Groups::default();
+        for ((block, codes), scales) in blocks.zip(self.codes.as_chunks_mut::<N>().0).zip(scales) {
+            F::unpack(block, codes, &mut groups);
+            scales.copy_from_slice(&groups.scales[..N / F::GROUP]);
+            if let Some(mins) = mins.next() {
+                mins.copy_from_slice(&groups.mins[..N / F::GROUP]);
             }
         }
     }

@@ -1,22 +1,15 @@
 //! A tile of weights times rows of activations.
 
+use super::codes::{Shape, ShiftKind, WIDE};
 use super::simd::{Simd, Split};
-use super::{Activations, BLOCK, TILE, batches, planes};
-use crate::ggml::Format;
+use super::{Activations, BLOCK, TILE, Tile, batches, planes};
 
-/// Writes, for every row of activations, `columns` values to `out`, whose rows are `stride` apart.
+/// Writes the products of a tile with every row of activations.
 ///
 /// # Safety
-/// The first argument points to as many blocks of the kernel's format as the activations have, the second to 16
-/// factors; `out` has room for all rows; the processor has the kernel's instructions.
-pub(super) type Kernel = unsafe fn(
-    tile: *const u8,
-    factors: *const f32,
-    x: &Activations,
-    out: *mut f32,
-    stride: usize,
-    columns: usize,
-);
+/// The tile is of the kernel's kind and has as many blocks as the activations, and 16 factors; its output has room for
+/// all rows; the processor has the kernel's instructions.
+pub(super) type Kernel = unsafe fn(tile: &Tile, x: &Activations);
 
 /// The kernel for few rows.
 #[derive(Clone, Copy)]
@@ -33,25 +26,18 @@ macro_rules! kernel {
         pub(super) mod $name {
             use super::*;
 
-            pub(in crate::int8) fn few<F: Format<B, N>, const B: usize, const N: usize>() -> Few {
+            pub(in crate::int8) fn few<K: Shape>() -> Few {
                 Few {
-                    multiply: multiply::<F, B, N>,
+                    multiply: multiply::<K>,
                     split: <$simd>::SPLIT,
                     most: <$simd>::MOST,
                 }
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn multiply<F: Format<B, N>, const B: usize, const N: usize>(
-                tile: *const u8,
-                factors: *const f32,
-                x: &Activations,
-                out: *mut f32,
-                stride: usize,
-                columns: usize,
-            ) {
+            unsafe fn multiply<K: Shape>(tile: &Tile, x: &Activations) {
                 // SAFETY: the caller's; the features are enabled here.
-                unsafe { all_rows::<$simd, F, B, N>(tile, factors, x, out, stride, columns) }
+                unsafe { all_rows::<$simd, K>(tile, x) }
             }
         }
     };
@@ -72,22 +58,15 @@ kernel!(scalar, crate::int8::simd::Scalar);
 /// # Safety
 /// See [`Kernel`].
 #[inline(always)]
-unsafe fn all_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
-    tile: *const u8,
-    factors: *const f32,
-    x: &Activations,
-    out: *mut f32,
-    stride: usize,
-    columns: usize,
-) {
+unsafe fn all_rows<S: Simd, K: Shape>(tile: &Tile, x: &Activations) {
     // SAFETY: the caller's; the batches are those of `x`.
     unsafe {
         for (first, rows) in batches(x.rows, S::MOST) {
             match rows {
-                8 if S::MOST >= 8 => batch::<S, F, B, N, 8>(tile, factors, x, first, out, stride, columns),
-                4 if S::MOST >= 4 => batch::<S, F, B, N, 4>(tile, factors, x, first, out, stride, columns),
-                2 if S::MOST >= 2 => batch::<S, F, B, N, 2>(tile, factors, x, first, out, stride, columns),
-                _ => batch::<S, F, B, N, 1>(tile, factors, x, first, out, stride, columns),
+                8 if S::MOST >= 8 => batch::<S, K, 8>(tile, x, first),
+                4 if S::MOST >= 4 => batch::<S, K, 4>(tile, x, first),
+                2 if S::MOST >= 2 => batch::<S, K, 2>(tile, x, first),
+                _ => batch::<S, K, 1>(tile, x, first),
             }
         }
     }
@@ -96,97 +75,163 @@ unsafe fn all_rows<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
 /// # Safety
 /// See [`Kernel`]; the `M` rows from `first` on are a batch of `x`.
 #[inline(always)]
-unsafe fn batch<S: Simd, F: Format<B, N>, const B: usize, const N: usize, const M: usize>(
-    tile: *const u8,
-    factors: *const f32,
-    x: &Activations,
-    first: usize,
-    out: *mut f32,
-    stride: usize,
-    columns: usize,
-) {
-    let blocks = x.cols / BLOCK;
-    let code_bytes = TILE * BLOCK * F::BITS / 8;
-    let scale_bytes = 2 * TILE * (BLOCK / F::GROUP);
-    let block_bytes = code_bytes + scale_bytes * if F::MIN { 2 } else { 1 };
-    // SAFETY: all offsets stay within the tile and the rows `first..first + M`, see the sizes above.
+unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations, first: usize) {
+    let plan = &tile.weight.plan;
+    let blocks = plan.blocks;
+    let scale_bytes = 2 * TILE * K::GROUPS;
+    // SAFETY: all offsets stay within the tile and the rows `first..first + M`, see the sizes of `Shape`.
     unsafe {
         let codes = x.codes.as_ptr().add(first * 2 * x.cols);
         let scales: [*const f32; M] = std::array::from_fn(|m| x.scales.as_ptr().add((first + m) * blocks));
         let sums: [*const i32; M] = std::array::from_fn(|m| x.sums.as_ptr().add((first + m) * 2 * blocks));
-        // Codes become unsigned numbers from which something is taken: tables begin at -128.
-        let (table, offset) = match F::TABLE {
-            Some(table) => (S::table(&table.map(|value| (value as u8) ^ 0x80)), 128),
-            None => (S::splat(0), F::OFFSET),
-        };
-        let full = F::BITS == 8 || F::TABLE.is_some();
-        let offset = if full { offset - S::BIAS } else { offset };
+        // Codes become unsigned numbers from which something is taken.
+        let tables = plan.tables.each_ref();
+        let (table, fine) = (S::table(tables[0]), S::table(tables[1]));
+        let full = K::KIND.bits == 8 || K::KIND.tables > 0;
+        let offset = plan.offset - if full { S::BIAS } else { 0 };
+        let shifted = matches!(K::KIND.shift, ShiftKind::Offset);
+        let corrected = shifted || full && S::BIAS != 0;
+        let mut at = tile.codes.as_ptr();
         let mut total = [S::zero(); M];
-        for block in 0..blocks {
-            let at = tile.add(block * block_bytes);
-            macro_rules! group {
-                ($part:literal: $($step:literal)*) => {{
-                    // No closure may hold vectors: it would not be compiled for this processor.
-                    let (mut high, mut low) = ([S::splat(0); M], [S::splat(0); M]);
-                    if offset != 0 {
-                        for m in 0..M {
-                            low[m] = S::splat(-offset * sum::<F, B, N>(sums[m].add(2 * block), $part));
-                        }
-                    }
-                    $(
-                        let mut w = step::<S, $step>(at, F::BITS);
-                        if F::TABLE.is_some() {
-                            w = S::look_up(table, w);
-                        }
-                        let from = codes.add((block * BLOCK + 4 * $step) * 2 * M);
-                        S::dots::<M>(&mut high, &mut low, w, from, full);
-                    )*
-                    let scale = S::load_half(at.add(code_bytes + 2 * TILE * $part));
+        // The dot products of a group of columns within a block.
+        macro_rules! dots {
+            ($block:expr, $part:literal: $($step:literal)*) => {{
+                // No closure may hold vectors: it would not be compiled for this processor.
+                let (mut high, mut low) = ([S::splat(0); M], [S::splat(0); M]);
+                let mut lowest = [S::splat(0); M];
+                if corrected {
                     for m in 0..M {
-                        // The scale of the weights is the same for all rows; that of the activation, for all lanes.
-                        let scaled = S::mul(S::to_float(S::join_sums(high[m], low[m])), scale);
-                        total[m] = S::scale_add(scaled, *scales[m].add(block), total[m]);
+                        low[m] = S::splat(-offset * sum::<K>(sums[m].add(2 * $block), $part));
                     }
-                    if F::MIN {
-                        let min = S::load_half(at.add(code_bytes + scale_bytes + 2 * TILE * $part));
-                        for m in 0..M {
-                            let sum = sum::<F, B, N>(sums[m].add(2 * block), $part) as f32;
-                            total[m] = S::scale_add(min, *scales[m].add(block) * sum, total[m]);
+                }
+                $(
+                    let w = step::<S, $step>(at, K::KIND.bits);
+                    let from = codes.add(($block * BLOCK + 4 * $step) * 2 * M);
+                    match K::KIND.tables {
+                        0 => S::dots::<M>(&mut high, &mut low, w, from, full),
+                        1 => S::dots::<M>(&mut high, &mut low, S::look_up(table, w), from, full),
+                        _ => {
+                            S::dots::<M>(&mut high, &mut low, S::look_up(table, w), from, full);
+                            S::dots::<M>(&mut low, &mut lowest, S::look_up(fine, w), from, false);
                         }
                     }
-                }};
+                )*
+                let mut values = [S::zero(); M];
+                for m in 0..M {
+                    values[m] = S::to_float(S::join_sums(high[m], low[m]));
+                    if K::KIND.tables > 1 {
+                        values[m] = S::scale_add(values[m], 128.0, S::to_float(lowest[m]));
+                    }
+                }
+                values
+            }};
+        }
+        // Groups within blocks have half floats after the codes.
+        macro_rules! group {
+            ($block:expr, $part:literal: $($step:literal)*) => {{
+                let mut values = dots!($block, $part: $($step)*);
+                let scale = at.add(K::CODE_BYTES + 2 * TILE * $part);
+                let shift = scale.add(scale_bytes);
+                if matches!(K::KIND.shift, ShiftKind::Zeros) {
+                    let zero = S::load_half(shift);
+                    for m in 0..M {
+                        values[m] = S::scale_add(zero, -sum::<K>(sums[m].add(2 * $block), $part) as f32, values[m]);
+                    }
+                }
+                let scale = S::load_half(scale);
+                for m in 0..M {
+                    // The scale of the weights is the same for all rows; that of the activation, for all lanes.
+                    let scaled = S::mul(values[m], scale);
+                    total[m] = S::scale_add(scaled, *scales[m].add($block), total[m]);
+                }
+                if matches!(K::KIND.shift, ShiftKind::Mins) {
+                    let min = S::load_half(shift);
+                    for m in 0..M {
+                        let sum = sum::<K>(sums[m].add(2 * $block), $part) as f32;
+                        total[m] = S::scale_add(min, *scales[m].add($block) * sum, total[m]);
+                    }
+                }
+            }};
+        }
+        if K::KIND.group == WIDE {
+            // Groups of several blocks have floats before the codes.
+            let mut begin = 0;
+            while begin < blocks {
+                let scale = S::load_float(at.cast());
+                let shift: *const f32 = at.add(4 * TILE).cast();
+                at = at.add(K::HEAD_BYTES);
+                let (mut values, mut x_sums) = ([S::zero(); M], [0.0f32; M]);
+                let end = blocks.min(begin + plan.group_blocks);
+                for block in begin..end {
+                    let products = dots!(block, 0: 0 1 2 3 4 5 6 7);
+                    for m in 0..M {
+                        let scale = *scales[m].add(block);
+                        values[m] = S::scale_add(products[m], scale, values[m]);
+                        if !shifted {
+                            x_sums[m] += scale * sum::<K>(sums[m].add(2 * block), 0) as f32;
+                        }
+                    }
+                    at = at.add(K::BLOCK_BYTES);
+                }
+                for m in 0..M {
+                    if matches!(K::KIND.shift, ShiftKind::Zeros) {
+                        values[m] = S::scale_add(S::load_float(shift), -x_sums[m], values[m]);
+                    }
+                    total[m] = S::scale_add(S::mul(values[m], scale), 1.0, total[m]);
+                    if matches!(K::KIND.shift, ShiftKind::Mins) {
+                        total[m] = S::scale_add(S::load_float(shift), x_sums[m], total[m]);
+                    }
+                }
+                begin = end;
             }
-            if F::GROUP == BLOCK {
-                group!(0: 0 1 2 3 4 5 6 7);
-            } else {
-                group!(0: 0 1 2 3);
-                group!(1: 4 5 6 7);
+        } else {
+            for block in 0..blocks {
+                if K::KIND.group == 16 {
+                    group!(block, 0: 0 1 2 3);
+                    group!(block, 1: 4 5 6 7);
+                } else {
+                    group!(block, 0: 0 1 2 3 4 5 6 7);
+                }
+                at = at.add(K::BLOCK_BYTES);
             }
         }
-        let factors = S::load_float(factors);
+        let factors = S::load_float(tile.factors.as_ptr());
         for (m, total) in total.into_iter().enumerate() {
-            let values = S::mul(total, factors);
-            let out = out.add((first + m) * stride);
-            if columns == TILE {
+            tile.store::<S>(S::mul(total, factors), first + m);
+        }
+    }
+}
+
+impl Tile<'_> {
+    /// Writes results of a row of activations.
+    ///
+    /// # Safety
+    /// The output has room for the row; the processor has the instructions.
+    #[inline(always)]
+    pub(super) unsafe fn store<S: Simd>(&self, values: S::Float, row: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            let out = self.out.add(row * self.weight.rows);
+            if self.columns == TILE {
                 S::store(values, out);
             } else {
                 let mut all = [0.0; TILE];
                 S::store(values, all.as_mut_ptr());
-                out.copy_from_nonoverlapping(all.as_ptr(), columns);
+                out.copy_from_nonoverlapping(all.as_ptr(), self.columns);
             }
         }
     }
 }
 
-/// The sum of the codes of a group of activations.
+/// The sum of the codes of a group of activations within a block.
 ///
 /// # Safety
 /// `halves` points to the sums of both halves of a block.
 #[inline(always)]
-unsafe fn sum<F: Format<B, N>, const B: usize, const N: usize>(halves: *const i32, part: usize) -> i32 {
+unsafe fn sum<K: Shape>(halves: *const i32, part: usize) -> i32 {
     // SAFETY: the caller's.
     unsafe {
-        if F::GROUP == BLOCK {
+        if K::GROUPS == 1 {
             *halves + *halves.add(1)
         } else {
             *halves.add(part)
@@ -213,7 +258,7 @@ pub(super) unsafe fn step<S: Simd, const STEP: usize>(block: *const u8, bits: us
     }
 }
 
-/// See [`place_codes`](super::place_codes).
+/// See [`place_codes`](super::pack).
 ///
 /// # Safety
 /// `plane` points to a plane of `bits` bits.

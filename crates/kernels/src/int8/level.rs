@@ -1,10 +1,11 @@
-//! The instruction sets that there are kernels for.
+//! The instruction sets and the kinds of codes that there are kernels for.
 
+use super::codes::ShiftKind::{self, Mins, Offset, Zeros};
+use super::codes::{Kind, Shape, WIDE};
 use super::kernel::{self, Few};
 use super::wide::{self, Wide};
-use crate::ggml::Format;
 
-/// The kernels of an instruction set for a format.
+/// The kernels of an instruction set for a kind of codes.
 #[derive(Clone, Copy)]
 pub(super) struct Kernels {
     pub few: Few,
@@ -26,11 +27,11 @@ macro_rules! levels {
                 all.into_iter().flatten()
             }
 
-            pub fn kernels<F: Format<B, N>, const B: usize, const N: usize>(self) -> Kernels {
+            fn of<K: Shape>(self) -> Kernels {
                 match self {
                     $($(#[$attribute])* Self::$level => Kernels {
-                        few: kernel::$module::few::<F, B, N>(),
-                        wide: wide::$module::wide::<F, B, N>(),
+                        few: kernel::$module::few::<K>(),
+                        wide: wide::$module::wide::<K>(),
                     },)*
                 }
             }
@@ -63,4 +64,54 @@ impl Level {
     pub fn best() -> Self {
         Self::here().next().unwrap_or(Self::Scalar)
     }
+}
+
+macro_rules! kinds {
+    ($($shift:ident $group:tt $tables:literal: $($bits:literal)+;)*) => {
+        /// All kinds of codes, those of fewer bits before others like them.
+        pub(super) static KINDS: &[Kind] = &[$($(kind($bits, $group, $shift, $tables)),+),*];
+
+        impl Level {
+            pub fn kernels(self, kind: Kind) -> Option<Kernels> {
+                $($(
+                    if kind == self::kind($bits, $group, $shift, $tables) {
+                        struct Known;
+                        impl Shape for Known {
+                            const KIND: Kind = self::kind($bits, $group, $shift, $tables);
+                        }
+                        return Some(self.of::<Known>());
+                    }
+                )+)*
+                None
+            }
+        }
+    };
+}
+
+const fn kind(bits: usize, group: usize, shift: ShiftKind, tables: usize) -> Kind {
+    Kind {
+        bits,
+        group,
+        shift,
+        tables,
+    }
+}
+
+// The shift, the group, the number of tables, and for what bits.
+kinds! {
+    Offset 16 0: 3 6;
+    Offset 32 0: 2 3 4 5 8;
+    Offset WIDE 0: 2 3 4 8;
+    Zeros 16 0: 2 3 4 8;
+    Zeros 32 0: 2 3 4 8;
+    Zeros WIDE 0: 2 3 4 8;
+    Mins 16 0: 2 8;
+    Mins 32 0: 4 5 8;
+    Mins WIDE 0: 4 8;
+    Offset 16 1: 4;
+    Offset 32 1: 4;
+    Offset WIDE 1: 4;
+    Offset 16 2: 4;
+    Offset 32 2: 4;
+    Offset WIDE 2: 4;
 }

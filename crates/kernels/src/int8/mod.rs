@@ -9,23 +9,25 @@
 //! llama.cpp has it, a small model's answers come out differently now and then. Reading the weights takes longer
 //! than the second product. Products are exact in 32-bit integers.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::ops::Range;
 
-use half::slice::HalfFloatSliceExt;
-use oxiformers_hub::checkpoint::gguf::GgmlType;
-
-use crate::ggml::{Format, Groups, Visitor, with_format};
 use crate::output::Output;
 use crate::threads::{for_each, pieces};
 
+mod codes;
 mod kernel;
 mod level;
+mod pack;
 mod simd;
 mod wide;
 
+use codes::Plan;
+pub use codes::{CodeLayout, CodeRows, Shift};
 use kernel::Few;
-use level::{Kernels, Level};
+use level::{KINDS, Kernels, Level};
+use pack::Scratch;
 use simd::Split;
 use wide::{MANY, Unpacked, Wide};
 
@@ -39,13 +41,14 @@ pub struct Int8Matrix {
     rows: usize,
     cols: usize,
     kernels: Kernels,
-    /// Bytes of a block of a tile: codes, then half-float scales and minimums of its 16 rows.
-    block_bytes: usize,
-    /// Starts at `start`, a multiple of 64 as an address.
+    plan: Plan,
+    /// Tiles. Starts at `start`, a multiple of 64 as an address.
     data: Vec<u8>,
     start: usize,
-    /// A power of two for each row, which keeps its scales within the half floats.
+    /// For each row, what its scales are to be multiplied with: a power of two keeps them within the half floats.
     factors: Vec<f32>,
+    /// The column of the activations for each column of a tile, or a number that is none, where that is not the same.
+    gather: Option<Vec<u32>>,
 }
 
 impl std::fmt::Debug for Int8Matrix {
@@ -54,90 +57,68 @@ impl std::fmt::Debug for Int8Matrix {
     }
 }
 
-/// What the regrouped form of a format looks like.
-#[derive(Clone, Copy)]
-struct Layout {
-    bits: usize,
-    group: usize,
-    min: bool,
-}
-
-impl Layout {
-    fn code_bytes(self) -> usize {
-        TILE * BLOCK * self.bits / 8
-    }
-
-    fn block_bytes(self) -> usize {
-        let scales = TILE * BLOCK / self.group * if self.min { 2 } else { 1 };
-        self.code_bytes() + 2 * scales
-    }
-}
-
 impl Int8Matrix {
-    /// Regroups rows of ggml blocks, whose number the caller has checked; `done` is told what has been read and
-    /// is not needed any more.
-    pub fn pack(ty: GgmlType, rows: usize, cols: usize, bytes: &[u8], done: &(dyn Fn(&[u8]) + Sync)) -> Self {
-        struct Pack<'a> {
-            rows: usize,
-            cols: usize,
-            bytes: &'a [u8],
-            done: &'a (dyn Fn(&[u8]) + Sync),
-        }
-        impl Visitor for Pack<'_> {
-            type Output = Int8Matrix;
+    /// Regroups codes of any scheme. No value is rounded, but for what [`CodeLayout::table`] says, and where groups have
+    /// 16 or 32 columns, or a number that 32 does not divide: there scales, zero points and minimums become half floats
+    /// (with a power of two for each row, so that their size does not matter). Scales of other groups stay f32.
+    ///
+    /// A scale or shift that is infinite or no number makes the products of its row so.
+    ///
+    /// # Panics
+    /// Where codes have more than 8 bits, or 4 with a table.
+    pub fn from_codes(rows: &dyn CodeRows) -> Self {
+        Self::at(Level::best(), rows)
+    }
 
-            fn visit<F: Format<B, N>, const B: usize, const N: usize>(self) -> Int8Matrix {
-                let layout = Layout {
-                    bits: F::BITS,
-                    group: F::GROUP,
-                    min: F::MIN,
-                };
-                let block_bytes = layout.block_bytes();
-                let tiles = self.rows.div_ceil(TILE);
-                let tile_bytes = self.cols / BLOCK * block_bytes;
-                let data = vec![0u8; tiles * tile_bytes + 63];
-                let start = data.as_ptr().align_offset(64).min(63);
-                let mut matrix = Int8Matrix {
-                    rows: self.rows,
-                    cols: self.cols,
-                    kernels: Level::best().kernels::<F, B, N>(),
-                    block_bytes,
-                    data,
-                    start,
-                    factors: vec![0.0; tiles * TILE],
-                };
-                let row_bytes = self.cols / N * B;
-                let to = Shared(matrix.data[start..].as_mut_ptr());
-                let factors = Shared(matrix.factors.as_mut_ptr());
-                let (count, size) = pieces(tiles, 4);
-                for_each(count, |piece| {
-                    let mut scratch = Scratch::default();
-                    for tile in piece * size..tiles.min((piece + 1) * size) {
-                        let rows = tile * TILE..self.rows.min((tile + 1) * TILE);
-                        let bytes = &self.bytes[rows.start * row_bytes..rows.end * row_bytes];
-                        // SAFETY: tiles are disjoint, and each task has its own.
-                        let (to, factors) = unsafe {
-                            (
-                                std::slice::from_raw_parts_mut(to.at(tile * tile_bytes), tile_bytes),
-                                std::slice::from_raw_parts_mut(factors.at(tile * TILE), TILE),
-                            )
-                        };
-                        let pack = || scratch.pack::<F, B, N>(bytes, row_bytes, layout, to, factors);
-                        pulp::Arch::new().dispatch(pack);
-                    }
-                    let rows = piece * size * TILE..self.rows.min((piece + 1) * size * TILE);
-                    (self.done)(&self.bytes[rows.start * row_bytes..rows.end * row_bytes]);
-                });
-                matrix
-            }
-        }
-        let pack = Pack {
+    fn at(level: Level, from: &dyn CodeRows) -> Self {
+        let ([rows, cols], layout) = (from.shape(), from.layout());
+        let plan = Plan::new(layout, cols, KINDS).and_then(|plan| Some((level.kernels(plan.kind)?, plan)));
+        let Some((kernels, plan)) = plan else {
+            panic!("codes of {} bits", layout.bits);
+        };
+        let tile_bytes = plan.tile_bytes();
+        let tiles = rows.div_ceil(TILE);
+        let data = vec![0u8; tiles * tile_bytes + 63];
+        let start = data.as_ptr().align_offset(64).min(63);
+        let gather = (from.permutation().is_some() || !plan.is_in_order()).then(|| {
+            let column = |column| {
+                let stored = plan.stored(column)?;
+                match from.permutation() {
+                    Some(permutation) => permutation.get(stored).copied(),
+                    None => u32::try_from(stored).ok(),
+                }
+            };
+            let columns = 0..plan.blocks * BLOCK;
+            columns.map(|at| column(at).unwrap_or(u32::MAX)).collect()
+        });
+        let mut matrix = Self {
             rows,
             cols,
-            bytes,
-            done,
+            kernels,
+            plan,
+            data,
+            start,
+            factors: vec![0.0; tiles * TILE],
+            gather,
         };
-        with_format(ty, pack)
+        let to = Shared(matrix.data[start..].as_mut_ptr());
+        let factors = Shared(matrix.factors.as_mut_ptr());
+        let (count, size) = pieces(tiles, 4);
+        for_each(count, |piece| {
+            let mut scratch = Scratch::default();
+            for tile in piece * size..tiles.min((piece + 1) * size) {
+                // SAFETY: tiles are disjoint, and each task has its own.
+                let (to, factors) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(to.at(tile * tile_bytes), tile_bytes),
+                        std::slice::from_raw_parts_mut(factors.at(tile * TILE), TILE),
+                    )
+                };
+                scratch.pack(from, tile, &matrix.plan, to, factors);
+            }
+            from.release(piece * size * TILE..rows.min((piece + 1) * size * TILE));
+        });
+        matrix
     }
 
     /// `[out_features, in_features]`.
@@ -147,125 +128,29 @@ impl Int8Matrix {
 
     /// Bytes held in memory.
     pub fn num_bytes(&self) -> usize {
-        self.data.len() + 4 * self.factors.len()
+        self.data.len() + 4 * self.factors.len() + 4 * self.gather.as_ref().map_or(0, Vec::len)
     }
-}
 
-/// Codes and scales of a tile, on their way from rows to groups of rows.
-#[derive(Default)]
-struct Scratch {
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    mins: Vec<f32>,
-}
-
-impl Scratch {
-    #[inline(always)]
-    fn pack<F: Format<B, N>, const B: usize, const N: usize>(
-        &mut self,
-        bytes: &[u8],
-        row_bytes: usize,
-        layout: Layout,
-        to: &mut [u8],
-        factors: &mut [f32],
-    ) {
-        let cols = row_bytes / B * N;
-        let groups = cols / F::GROUP;
-        self.codes.clear();
-        self.codes.resize(TILE * cols, 0);
-        self.scales.clear();
-        self.scales.resize(TILE * groups, 0.0);
-        self.mins.clear();
-        self.mins.resize(TILE * groups, 0.0);
-        for (row, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
-            let mut unpacked = Groups::default();
-            let codes = self.codes[row * cols..(row + 1) * cols].as_chunks_mut::<N>().0;
-            let scales = self.scales[row * groups..].chunks_mut(N / F::GROUP);
-            let mins = self.mins[row * groups..].chunks_mut(N / F::GROUP);
-            for (((block, codes), scales), mins) in
-                bytes.as_chunks::<B>().0.iter().zip(codes).zip(scales).zip(mins)
-            {
-                F::unpack(block, codes, &mut unpacked);
-                let count = scales.len();
-                scales.copy_from_slice(&unpacked.scales[..count]);
-                if F::MIN {
-                    mins.copy_from_slice(&unpacked.mins[..count]);
+    /// Rows of activations in the order of a tile's columns, with zeros where it has none of them.
+    fn arrange<'a>(&self, x: &'a [f32]) -> Cow<'a, [f32]> {
+        let columns = self.plan.blocks * BLOCK;
+        let rows = x.chunks_exact(self.cols.max(1));
+        match &self.gather {
+            None if columns == self.cols => Cow::Borrowed(x),
+            None => {
+                let mut all = vec![0.0; rows.len() * columns];
+                for (to, from) in all.chunks_exact_mut(columns.max(1)).zip(rows) {
+                    to[..from.len()].copy_from_slice(from);
                 }
+                Cow::Owned(all)
             }
-            let own = row * groups..(row + 1) * groups;
-            factors[row] = factor(self.scales[own.clone()].iter().chain(&self.mins[own]));
-        }
-        let per_block = BLOCK / F::GROUP;
-        for (block, to) in to.chunks_exact_mut(layout.block_bytes()).enumerate() {
-            let (codes, halves) = to.split_at_mut(layout.code_bytes());
-            let rows: [[u32; BLOCK / 4]; TILE] = std::array::from_fn(|row| {
-                let from = self.codes[row * cols + block * BLOCK..][..BLOCK]
-                    .as_chunks::<4>()
-                    .0;
-                std::array::from_fn(|step| u32::from_le_bytes(from[step]))
-            });
-            place_codes(&rows, F::BITS, codes);
-            for (array, halves) in halves.chunks_exact_mut(2 * TILE).enumerate() {
-                let values = if array < per_block {
-                    &self.scales
-                } else {
-                    &self.mins
-                };
-                let column = block * per_block + array % per_block;
-                let scaled: [f32; TILE] = std::array::from_fn(|row| {
-                    values[row * groups + column] / factors[row].max(f32::MIN_POSITIVE)
-                });
-                // Sixteen at once: one by one, each would ask what the processor can do.
-                let mut rounded = [half::f16::ZERO; TILE];
-                rounded.convert_from_f32_slice(&scaled);
-                for (half, rounded) in halves.as_chunks_mut::<2>().0.iter_mut().zip(rounded) {
-                    *half = rounded.to_le_bytes();
-                }
+            Some(gather) => {
+                let value = |from: &[f32], column: u32| from.get(column as usize).copied().unwrap_or(0.0);
+                Cow::Owned(
+                    rows.flat_map(|from| gather.iter().map(move |at| value(from, *at)))
+                        .collect(),
+                )
             }
-        }
-    }
-}
-
-/// The power of two by which the largest value comes close to the largest half float.
-fn factor<'a>(values: impl Iterator<Item = &'a f32>) -> f32 {
-    let largest = values.fold(0.0f32, |most, value| most.max(value.abs()));
-    if largest == 0.0 || !largest.is_finite() {
-        return 1.0;
-    }
-    // Between 2^14 and 2^15 after the division; the inverse stays a normal number.
-    let exponent = (largest.log2().floor() as i32 - 14).clamp(-126, 126);
-    2f32.powi(exponent)
-}
-
-/// Cuts the codes of a block into planes of 8, 4, 2 or 1 bits. `rows` has four codes in each word. In a plane of
-/// `b` bits, the byte of row `r` and column `4 s + c` is byte `4 r + c` of the 64 bytes numbered `s / (8 / b)`,
-/// from bit `b (s mod (8 / b))` on.
-#[inline(always)]
-fn place_codes(rows: &[[u32; BLOCK / 4]; TILE], bits: usize, to: &mut [u8]) {
-    let (low, high) = to.split_at_mut(64 * planes(bits)[0]);
-    match planes(bits) {
-        [8, _] => plane::<8>(rows, 0, low),
-        [4, 0] => plane::<4>(rows, 0, low),
-        [4, 1] => (plane::<4>(rows, 0, low), plane::<1>(rows, 4, high)).1,
-        [4, _] => (plane::<4>(rows, 0, low), plane::<2>(rows, 4, high)).1,
-        [_, 0] => plane::<2>(rows, 0, low),
-        _ => (plane::<2>(rows, 0, low), plane::<1>(rows, 2, high)).1,
-    }
-}
-
-/// The plane of the bits from `shift` on.
-#[inline(always)]
-fn plane<const B: usize>(rows: &[[u32; BLOCK / 4]; TILE], shift: u32, to: &mut [u8]) {
-    let mask = u32::from_le_bytes([((1u32 << B) - 1) as u8; 4]);
-    for (vector, to) in to.as_chunks_mut::<64>().0.iter_mut().enumerate() {
-        for (row, to) in rows.iter().zip(to.as_chunks_mut::<4>().0) {
-            let steps = &row[vector * (8 / B)..][..8 / B];
-            // Four codes at once: what crosses from byte to byte is masked away.
-            let parts = steps
-                .iter()
-                .enumerate()
-                .map(|(step, four)| (four >> shift & mask) << (B * step));
-            *to = parts.fold(0, |all, part| all | part).to_le_bytes();
         }
     }
 }
@@ -536,7 +421,18 @@ fn quantize_many(
 pub fn matmul(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> {
     let fit = weights.iter().all(|weight| weight.cols == cols);
     assert!(fit, "columns of activations and weights");
+    if weights.len() > 1 && weights.iter().any(|weight| weight.gather.is_some()) {
+        // Each has an order of its own.
+        return weights
+            .iter()
+            .flat_map(|weight| matmul(x, cols, &[weight]))
+            .collect();
+    }
     let rows = x.len() / cols.max(1);
+    let x = &*weights
+        .first()
+        .map_or(Cow::Borrowed(x), |weight| weight.arrange(x));
+    let cols = weights.first().map_or(0, |weight| weight.plan.blocks * BLOCK);
     let tiles = Tiles::new(weights, rows);
     // All matrices have kernels of the same instruction set.
     if let Some(Kernels { few, wide }) = weights.first().map(|weight| weight.kernels) {
@@ -559,7 +455,7 @@ struct Tile<'a> {
     weight: &'a Int8Matrix,
     codes: &'a [u8],
     factors: &'a [f32],
-    /// The first value.
+    /// The first value of the first row; rows are as long as the matrix has rows.
     out: *mut f32,
     /// Rows of weights in it.
     columns: usize,
@@ -587,7 +483,7 @@ impl<'a> Tiles<'a> {
     fn get(&self, tile: usize) -> Option<Tile<'a>> {
         let (weight, out, first) = self.parts.iter().rev().find(|part| part.2 <= tile)?;
         let tile = tile - first;
-        let tile_bytes = weight.cols / BLOCK * weight.block_bytes;
+        let tile_bytes = weight.plan.tile_bytes();
         Some(Tile {
             weight,
             codes: &weight.data[weight.start + tile * tile_bytes..][..tile_bytes],
@@ -600,28 +496,15 @@ impl<'a> Tiles<'a> {
 
 fn few_rows(x: &Activations, tiles: &Tiles) {
     // A few kilobytes of weights at least, which take about a microsecond to read.
-    let tile_bytes = tiles
-        .parts
-        .first()
-        .map_or(1, |(w, ..)| w.block_bytes * (w.cols / BLOCK).max(1));
+    let tile_bytes = tiles.parts.first().map_or(1, |(w, ..)| w.plan.tile_bytes());
     let least = 16 * 1024 / (tile_bytes * x.rows.max(1)).max(1);
     let (count, size) = pieces(tiles.count, least.max(1));
     for_each(count, |piece| {
         for tile in piece * size..tiles.count.min((piece + 1) * size) {
             let Some(tile) = tiles.get(tile) else { continue };
-            let (codes, factors) = (tile.codes.as_ptr(), tile.factors.as_ptr());
-            // SAFETY: the kernel was chosen for this processor; the tile has all its blocks, sizes were checked by
-            // `matmul`, and no other task writes these columns.
-            unsafe {
-                (tile.weight.kernels.few.multiply)(
-                    codes,
-                    factors,
-                    x,
-                    tile.out,
-                    tile.weight.rows,
-                    tile.columns,
-                )
-            };
+            // SAFETY: the kernel was chosen for this processor and the kind of codes; the tile has all its blocks, sizes
+            // were checked by `matmul`, and no other task writes these columns.
+            unsafe { (tile.weight.kernels.few.multiply)(&tile, x) };
         }
     });
 }
@@ -645,14 +528,12 @@ fn many_rows(x: &ManyActivations, tiles: &Tiles) {
             let Some(tile) = tiles.get(tile) else { continue };
             let wide = tile.weight.kernels.wide;
             // SAFETY: as for few rows.
-            unsafe { (wide.unpack)(tile.codes.as_ptr(), x.cols / BLOCK, &mut unpacked) };
+            unsafe { (wide.unpack)(&tile, &mut unpacked) };
             for batch in block * batches..x.batches.min((block + 1) * batches) {
                 let rows = x.rows_of(batch);
-                let (batch, stride) = (x.batch(&rows), tile.weight.rows);
-                let out = tile.out.wrapping_add(rows.start * stride);
                 let multiply = wide.multiply[rows.len() - 1];
                 // SAFETY: as for few rows.
-                unsafe { multiply(&unpacked, tile.factors.as_ptr(), batch, out, stride, tile.columns) };
+                unsafe { multiply(&unpacked, &tile, x.batch(&rows), rows.start) };
             }
         }
         UNPACKED.set(unpacked);
@@ -679,8 +560,10 @@ unsafe impl<T: Send> Send for Shared<T> {}
 
 #[cfg(test)]
 mod tests {
+    use oxiformers_hub::checkpoint::gguf::GgmlType;
+
     use super::*;
-    use crate::ggml::dequantize;
+    use crate::ggml::{GgmlRows, dequantize};
 
     /// Numbers that look random and are the same every time.
     fn noise(seed: u32) -> impl Iterator<Item = u32> {
@@ -721,17 +604,6 @@ mod tests {
         bytes
     }
 
-    struct At(Level, Int8Matrix);
-
-    impl Visitor for At {
-        type Output = Int8Matrix;
-
-        fn visit<F: Format<B, N>, const B: usize, const N: usize>(mut self) -> Int8Matrix {
-            self.1.kernels = self.0.kernels::<F, B, N>();
-            self.1
-        }
-    }
-
     /// Every format, all instruction sets, whole and cut tiles, all numbers of activations that kernels treat
     /// apart: the product of what was quantized is exact but for the rounding of f32.
     #[test]
@@ -742,9 +614,9 @@ mod tests {
                 let bytes = random_blocks(*ty, rows * cols / ty.block_size());
                 let mut weights = vec![0.0; rows * cols];
                 dequantize(*ty, &bytes, &mut weights).unwrap();
+                let codes = GgmlRows::new(*ty, [rows, cols], &bytes);
                 let matrices: Vec<_> = Level::here()
-                    .map(|level| At(level, Int8Matrix::pack(*ty, rows, cols, &bytes, &|_| ())))
-                    .map(|at| (at.0, with_format(*ty, at)))
+                    .map(|level| (level, Int8Matrix::at(level, &codes)))
                     .collect();
                 for batch in (1..20).chain([24, 29]) {
                     let x: Vec<f32> = noise(7)
@@ -789,7 +661,7 @@ mod tests {
     #[test]
     fn values_that_are_no_numbers_stay_visible() {
         let bytes = random_blocks(GgmlType::Q4_0, 16);
-        let matrix = Int8Matrix::pack(GgmlType::Q4_0, 8, 64, &bytes, &|_| ());
+        let matrix = Int8Matrix::from_codes(&GgmlRows::new(GgmlType::Q4_0, [8, 64], &bytes));
         for bad in [f32::NAN, f32::INFINITY] {
             for rows in [2, 40] {
                 let mut x = vec![1.0; 64 * rows];
@@ -802,13 +674,211 @@ mod tests {
         }
     }
 
-    #[test]
-    fn scales_of_any_size_fit() {
-        for exponent in [-60, 0, 60] {
-            let value = 2f32.powi(exponent);
-            assert!((value / factor([value].iter())).log2() >= 13.9);
-            assert!(value / factor([value].iter()) < 65504.0);
+    /// Codes that look random.
+    #[derive(Debug)]
+    struct RandomCodes {
+        shape: [usize; 2],
+        layout: CodeLayout,
+        permutation: Option<Vec<u32>>,
+    }
+
+    impl RandomCodes {
+        /// As f64, in the order of the input.
+        fn values(&self) -> Vec<f64> {
+            let [rows, cols] = self.shape;
+            let groups = self.layout.groups(cols);
+            let mut codes = vec![0; rows * cols];
+            let mut scales = vec![0.0; rows * groups];
+            let mut shifts = vec![
+                0.0;
+                if self.layout.has_shifts() {
+                    rows * groups
+                } else {
+                    0
+                }
+            ];
+            self.unpack(0..rows, &mut codes, &mut scales, &mut shifts);
+            let mut values = vec![0.0; rows * cols];
+            for (at, code) in codes.iter().enumerate() {
+                let (row, position) = (at / cols, at % cols);
+                let group = row * groups + position / self.layout.group.min(cols);
+                let (code, scale) = (f64::from(*code), f64::from(scales[group]));
+                let column = self
+                    .permutation
+                    .as_ref()
+                    .map_or(position, |all| all[position] as usize);
+                values[row * cols + column] = match (self.layout.table, self.layout.shift) {
+                    (Some(table), _) => scale * f64::from(table[code as usize]),
+                    (None, Shift::Offset(offset)) => scale * (code - f64::from(offset)),
+                    (None, Shift::Zeros) => scale * (code - f64::from(shifts[group])),
+                    (None, Shift::Mins) => scale * code + f64::from(shifts[group]),
+                };
+            }
+            values
         }
-        assert_eq!(factor([0.0].iter()), 1.0);
+    }
+
+    impl CodeRows for RandomCodes {
+        fn shape(&self) -> [usize; 2] {
+            self.shape
+        }
+
+        fn layout(&self) -> CodeLayout {
+            self.layout
+        }
+
+        // Numbers that half floats can hold.
+        fn unpack(&self, rows: Range<usize>, codes: &mut [u8], scales: &mut [f32], shifts: &mut [f32]) {
+            let (cols, groups) = (self.shape[1], self.layout.groups(self.shape[1]));
+            for (index, row) in rows.enumerate() {
+                let mut noise = noise(row as u32 + 1);
+                let mut next = |below: u32| noise.next().unwrap() / 3 % below;
+                let codes = &mut codes[index * cols..(index + 1) * cols];
+                codes
+                    .iter_mut()
+                    .for_each(|code| *code = next(1 << self.layout.bits) as u8);
+                let scales = &mut scales[index * groups..(index + 1) * groups];
+                scales
+                    .iter_mut()
+                    .for_each(|scale| *scale = (next(1000) as f32 + 24.0) / 1024.0);
+                for shift in shifts.iter_mut().skip(index * groups).take(groups) {
+                    *shift = next(1 << self.layout.bits) as f32 - if next(2) > 0 { 0.5 } else { 0.0 };
+                }
+            }
+        }
+
+        fn permutation(&self) -> Option<&[u32]> {
+            self.permutation.as_deref()
+        }
+    }
+
+    /// Codes of all schemes, rows and groups of any length, on all instruction sets.
+    #[test]
+    fn products_of_codes_equal_the_reference() {
+        static NORMAL: [f32; 16] = [
+            -1.0, -0.75, -0.525, -0.395, -0.25, -0.1875, -0.091, 0.0, 0.08, 0.161, 0.246, 0.338, 0.44, 0.563,
+            0.723, 1.0,
+        ];
+        static WHOLE: [f32; 16] = [
+            -6.0, -4.5, -3.0, -2.5, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.5, 4.5, 6.0,
+        ];
+        let tables = [&NORMAL, &WHOLE].map(|table| (4, Shift::Offset(0), Some(table)));
+        let codes = [1, 2, 3, 4, 5, 6, 7, 8].into_iter().flat_map(|bits| {
+            let shifts = [
+                Shift::Offset(1 << (bits - 1)),
+                Shift::Offset(0),
+                Shift::Zeros,
+                Shift::Mins,
+            ];
+            shifts.map(|shift| (bits, shift, None))
+        });
+        for (bits, shift, table) in codes.chain(tables) {
+            for cols in [1, 31, 33, 40, 72, 288] {
+                for group in [8, 16, 24, 32, 48, 64, 100, 128, usize::MAX] {
+                    let rows = if group == 64 { 37 } else { 5 };
+                    let layout = CodeLayout {
+                        bits,
+                        group,
+                        shift,
+                        table,
+                    };
+                    // 7 and the number of columns have no common divisor.
+                    let turned = (0..cols as u32).map(|column| (7 * column + 3) % cols as u32);
+                    let codes = RandomCodes {
+                        shape: [rows, cols],
+                        layout,
+                        permutation: (group == 128).then(|| turned.collect()),
+                    };
+                    let values = codes.values();
+                    let matrices: Vec<_> = Level::here()
+                        .map(|level| (level, Int8Matrix::at(level, &codes)))
+                        .collect();
+                    for batch in [1, 2, 7, 8, 26] {
+                        let x: Vec<f32> = noise(7)
+                            .map(|n| (n >> 8) as f32 / 8e6 - 1.0)
+                            .take(batch * cols)
+                            .collect();
+                        for (level, matrix) in &matrices {
+                            let out = matmul(&x, cols, &[matrix]).concat();
+                            assert_eq!(out.len(), batch * rows);
+                            for (index, found) in out.iter().enumerate() {
+                                let (x, w) = (&x[index / rows * cols..], &values[index % rows * cols..]);
+                                let products = x.iter().zip(w).take(cols).map(|(x, w)| f64::from(*x) * w);
+                                let (sum, size) =
+                                    products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
+                                // Activations have 15 bits; zero points are multiplied apart from the codes.
+                                let limit = 1e-4 * size + 1e-6 * cols as f64 * f64::from(1 << bits);
+                                assert!(
+                                    (f64::from(*found) - sum).abs() <= limit,
+                                    "{level:?} {layout:?}, {rows} x {cols}, batch {batch}: {found} instead of {sum}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_in_different_orders() {
+        let layout = CodeLayout {
+            bits: 4,
+            group: 64,
+            shift: Shift::Zeros,
+            table: None,
+        };
+        let codes = |permutation| RandomCodes {
+            shape: [20, 96],
+            layout,
+            permutation,
+        };
+        let (plain, turned) = (codes(None), codes(Some((0..96).rev().collect())));
+        let [plain, turned] = [&plain, &turned].map(|codes| Int8Matrix::from_codes(codes));
+        let x: Vec<f32> = noise(3)
+            .map(|n| (n >> 8) as f32 / 8e6 - 1.0)
+            .take(3 * 96)
+            .collect();
+        let outs = matmul(&x, 96, &[&plain, &turned]);
+        assert_eq!(outs[0], matmul(&x, 96, &[&plain])[0]);
+        let reversed: Vec<f32> = x
+            .chunks_exact(96)
+            .flat_map(|row| row.iter().rev().copied())
+            .collect();
+        assert_eq!(outs[1], matmul(&reversed, 96, &[&plain])[0]);
+    }
+
+    #[test]
+    fn scales_that_are_no_numbers_stay_visible() {
+        #[derive(Debug)]
+        struct Bad(f32, usize);
+        impl CodeRows for Bad {
+            fn shape(&self) -> [usize; 2] {
+                [3, 128]
+            }
+            fn layout(&self) -> CodeLayout {
+                CodeLayout {
+                    bits: 4,
+                    group: self.1,
+                    shift: Shift::Zeros,
+                    table: None,
+                }
+            }
+            fn unpack(&self, _: Range<usize>, codes: &mut [u8], scales: &mut [f32], shifts: &mut [f32]) {
+                codes.fill(3);
+                scales.fill(1.0);
+                shifts.fill(2.0);
+                scales[128 / self.1] = self.0;
+            }
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            for group in [32, 64] {
+                let out = matmul(&[1.0; 128], 128, &[&Int8Matrix::from_codes(&Bad(bad, group))]).concat();
+                assert!(
+                    out[0] == 128.0 && !out[1].is_finite() && out[2] == 128.0,
+                    "{out:?}"
+                );
+            }
+        }
     }
 }

@@ -3,10 +3,10 @@
 //! The codes of the tile are widened to 16 bits once for all rows, and multiplied with activations of 16 bits: one
 //! product where the kernels for few rows take two, and nothing to unpack between them.
 
+use super::codes::{Shape, ShiftKind, WIDE};
 use super::kernel::step;
 use super::simd::{Simd, Split};
-use super::{BLOCK, Quantized, TILE};
-use crate::ggml::Format;
+use super::{BLOCK, Quantized, TILE, Tile};
 
 /// Rows of activations from which on unpacking pays.
 pub(super) const MANY: usize = 24;
@@ -29,32 +29,26 @@ pub(super) struct Line(#[allow(dead_code)] [u8; 64]);
 /// A tile with its codes widened.
 #[derive(Default)]
 pub(super) struct Unpacked {
-    /// For each four columns, those of all rows as [`Simd::unpack`] writes them.
+    /// For each four columns, those of all rows as [`Simd::unpack`] writes them. Where codes have a high and a low
+    /// part, block for block all high ones and then all low ones.
     codes: Vec<Line>,
-    /// For each group of columns, the f32 of all rows.
+    /// For each group of columns within a block, the f32 of all rows; for each part of the codes.
     scales: Vec<Line>,
     mins: Vec<Line>,
 }
 
-/// Widens so many blocks of a tile.
+/// Widens a tile.
 ///
 /// # Safety
-/// The pointer is to the blocks, in the format of the function; the processor has its instructions.
-pub(super) type Unpack = unsafe fn(tile: *const u8, blocks: usize, to: &mut Unpacked);
+/// The tile is of the function's kind; the processor has its instructions.
+pub(super) type Unpack = unsafe fn(tile: &Tile, to: &mut Unpacked);
 
-/// Writes `columns` values to `out` for each row of a batch; rows of `out` are `stride` apart.
+/// Writes the products of a tile with the rows of a batch, of which the first is numbered by the last argument.
 ///
 /// # Safety
-/// The tile is unpacked, of the format that the function is for; `factors` are 16 values; `out` has room for all
-/// rows; the processor has the function's instructions.
-pub(super) type Multiply = unsafe fn(
-    tile: &Unpacked,
-    factors: *const f32,
-    batch: Quantized<'_>,
-    out: *mut f32,
-    stride: usize,
-    columns: usize,
-);
+/// The tile is unpacked, of the kind that the function is for, and has 16 factors; its output has room for all rows;
+/// the processor has the function's instructions.
+pub(super) type Multiply = unsafe fn(from: &Unpacked, tile: &Tile, batch: Quantized<'_>, first: usize);
 
 /// The kernels of an instruction set, for up to so many rows as the last number says.
 macro_rules! kernels {
@@ -62,42 +56,36 @@ macro_rules! kernels {
         pub(super) mod $name {
             use super::*;
 
-            pub(in crate::int8) fn wide<F: Format<B, N>, const B: usize, const N: usize>() -> Wide {
+            pub(in crate::int8) fn wide<K: Shape>() -> Wide {
                 Wide {
                     split: if <$simd>::UNPACKED == 1 { Split::Bytes } else { Split::Words },
-                    unpack: unpack::<F, B, N>,
-                    multiply: match (F::GROUP, F::MIN) {
-                        (BLOCK, false) => &[$(multiply::<1, false, $m>),+],
-                        (BLOCK, true) => &[$(multiply::<1, true, $m>),+],
-                        (_, false) => &[$(multiply::<2, false, $m>),+],
-                        (_, true) => &[$(multiply::<2, true, $m>),+],
+                    unpack: unpack::<K>,
+                    multiply: match (K::GROUPS, parts::<K>(), has_mins::<K>()) {
+                        (1, 1, false) => &[$(multiply::<1, 1, false, $m>),+],
+                        (1, 1, true) => &[$(multiply::<1, 1, true, $m>),+],
+                        (1, _, _) => &[$(multiply::<1, 2, false, $m>),+],
+                        (_, 1, false) => &[$(multiply::<2, 1, false, $m>),+],
+                        (_, 1, true) => &[$(multiply::<2, 1, true, $m>),+],
+                        (_, _, _) => &[$(multiply::<2, 2, false, $m>),+],
                     },
                 }
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn unpack<F: Format<B, N>, const B: usize, const N: usize>(
-                tile: *const u8,
-                blocks: usize,
-                to: &mut Unpacked,
-            ) {
+            unsafe fn unpack<K: Shape>(tile: &Tile, to: &mut Unpacked) {
                 // SAFETY: the caller's; the features are enabled here.
-                unsafe { super::unpack::<$simd, F, B, N>(tile, blocks, to) }
+                unsafe { super::unpack::<$simd, K>(tile, to) }
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn multiply<const GROUPS: usize, const MIN: bool, const M: usize>(
-                tile: &Unpacked,
-                factors: *const f32,
+            unsafe fn multiply<const GROUPS: usize, const PARTS: usize, const MIN: bool, const M: usize>(
+                from: &Unpacked,
+                tile: &Tile,
                 batch: Quantized<'_>,
-                out: *mut f32,
-                stride: usize,
-                columns: usize,
+                first: usize,
             ) {
                 // SAFETY: the caller's; the features are enabled here.
-                unsafe {
-                    super::multiply::<$simd, GROUPS, MIN, M>(tile, factors, batch, out, stride, columns)
-                }
+                unsafe { super::multiply::<$simd, GROUPS, PARTS, MIN, M>(from, tile, batch, first) }
             }
         }
     };
@@ -115,50 +103,94 @@ kernels!(neon, crate::int8::simd::Neon, "neon"; 1 2 3 4);
 kernels!(simd128, crate::int8::simd::Simd128, "simd128"; 1 2 3);
 kernels!(scalar, crate::int8::simd::Scalar; 1 2);
 
+/// Parts of widened codes.
+const fn parts<K: Shape>() -> usize {
+    if K::KIND.tables > 1 { 2 } else { 1 }
+}
+
+/// Whether groups of an unpacked tile have minimums; zero points become such.
+const fn has_mins<K: Shape>() -> bool {
+    !matches!(K::KIND.shift, ShiftKind::Offset)
+}
+
 /// # Safety
 /// See [`Unpack`].
 #[inline(always)]
-unsafe fn unpack<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
-    tile: *const u8,
-    blocks: usize,
-    to: &mut Unpacked,
-) {
-    let groups = BLOCK / F::GROUP;
-    let code_bytes = TILE * BLOCK * F::BITS / 8;
-    let scale_bytes = 2 * TILE * groups;
-    let block_bytes = code_bytes + scale_bytes * if F::MIN { 2 } else { 1 };
+unsafe fn unpack<S: Simd, K: Shape>(tile: &Tile, to: &mut Unpacked) {
+    let plan = &tile.weight.plan;
+    let (blocks, parts) = (plan.blocks, parts::<K>());
+    let lines = BLOCK / 4 * S::UNPACKED;
+    // Signed bytes have no room for the upper half of unsigned ones: minimums take what goes off.
+    let bias = if S::UNPACKED == 1 && K::KIND.bits == 8 && has_mins::<K>() {
+        128
+    } else {
+        0
+    };
     let make_room = |lines: &mut Vec<Line>, len| lines.resize(len, Line([0; 64]));
-    make_room(&mut to.codes, blocks * BLOCK / 4 * S::UNPACKED);
-    make_room(&mut to.scales, blocks * groups);
-    make_room(&mut to.mins, if F::MIN { blocks * groups } else { 0 });
+    make_room(&mut to.codes, blocks * parts * lines);
+    make_room(&mut to.scales, blocks * parts * K::GROUPS);
+    make_room(&mut to.mins, if has_mins::<K>() { blocks * K::GROUPS } else { 0 });
     // SAFETY: the caller's; there is room for all blocks.
     unsafe {
-        let (table, offset) = match F::TABLE {
-            Some(table) => (S::table(&table.map(|value| (value as u8) ^ 0x80)), 128),
-            None => (S::splat(0), F::OFFSET),
-        };
+        let tables = plan.tables.each_ref();
+        let (table, fine) = (S::table(tables[0]), S::table(tables[1]));
+        let mut at = tile.codes.as_ptr();
+        let mut codes = to.codes.as_mut_ptr();
+        let mut scales: *mut f32 = to.scales.as_mut_ptr().cast();
+        let mut mins: *mut f32 = to.mins.as_mut_ptr().cast();
+        // Of a group of several blocks.
+        let (mut wide_scale, mut wide_shift) = (S::zero(), S::zero());
         for block in 0..blocks {
-            let at = tile.add(block * block_bytes);
-            let codes = to.codes.as_mut_ptr().add(block * BLOCK / 4 * S::UNPACKED);
+            if K::KIND.group == WIDE && block.is_multiple_of(plan.group_blocks) {
+                wide_scale = S::load_float(at.cast());
+                if has_mins::<K>() {
+                    wide_shift = S::load_float(at.cast::<f32>().add(TILE));
+                }
+                at = at.add(K::HEAD_BYTES);
+            }
             macro_rules! steps {
                 ($($step:literal)*) => {$(
-                    let mut w = step::<S, $step>(at, F::BITS);
-                    if F::TABLE.is_some() {
-                        w = S::look_up(table, w);
+                    let w = step::<S, $step>(at, K::KIND.bits);
+                    let to = codes.add($step * S::UNPACKED);
+                    match K::KIND.tables {
+                        0 => S::unpack(w, plan.offset + bias, to.cast()),
+                        _ => S::unpack(S::look_up(table, w), plan.offset, to.cast()),
                     }
-                    S::unpack(w, offset, codes.add($step * S::UNPACKED).cast());
+                    if parts > 1 {
+                        S::unpack(S::look_up(fine, w), 0, to.add(lines).cast());
+                    }
                 )*};
             }
             steps!(0 1 2 3 4 5 6 7);
-            for group in 0..groups {
-                let half = at.add(code_bytes + 2 * TILE * group);
-                let index = block * groups + group;
-                S::store(S::load_half(half), to.scales.as_mut_ptr().add(index).cast());
-                if F::MIN {
-                    let min = S::load_half(half.add(scale_bytes));
-                    S::store(min, to.mins.as_mut_ptr().add(index).cast());
+            codes = codes.add(parts * lines);
+            for group in 0..K::GROUPS {
+                let (mut scale, mut shift) = (wide_scale, wide_shift);
+                if K::KIND.group != WIDE {
+                    let half = at.add(K::CODE_BYTES + 2 * TILE * group);
+                    scale = S::load_half(half);
+                    if has_mins::<K>() {
+                        shift = S::load_half(half.add(2 * TILE * K::GROUPS));
+                    }
+                }
+                if matches!(K::KIND.shift, ShiftKind::Zeros) {
+                    shift = S::scale_add(S::mul(scale, shift), -1.0, S::zero());
+                }
+                if bias > 0 {
+                    shift = S::scale_add(scale, bias as f32, shift);
+                }
+                if parts > 1 {
+                    S::store(scale, scales.add(TILE * K::GROUPS));
+                    scale = S::scale_add(scale, 128.0, S::zero());
+                }
+                S::store(scale, scales);
+                scales = scales.add(TILE);
+                if has_mins::<K>() {
+                    S::store(shift, mins);
+                    mins = mins.add(TILE);
                 }
             }
+            scales = scales.add(TILE * K::GROUPS * (parts - 1));
+            at = at.add(K::BLOCK_BYTES);
         }
     }
 }
@@ -166,59 +198,53 @@ unsafe fn unpack<S: Simd, F: Format<B, N>, const B: usize, const N: usize>(
 /// # Safety
 /// See [`Multiply`]; the batch has `M` rows.
 #[inline(always)]
-unsafe fn multiply<S: Simd, const GROUPS: usize, const MIN: bool, const M: usize>(
-    tile: &Unpacked,
-    factors: *const f32,
+unsafe fn multiply<S: Simd, const GROUPS: usize, const PARTS: usize, const MIN: bool, const M: usize>(
+    from: &Unpacked,
+    tile: &Tile,
     batch: Quantized<'_>,
-    out: *mut f32,
-    stride: usize,
-    columns: usize,
+    first: usize,
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut w = tile.codes.as_ptr();
-        let (mut scales, mut mins) = (tile.scales.as_ptr().cast(), tile.mins.as_ptr().cast());
+        let mut w = from.codes.as_ptr();
+        let (mut scales, mut mins) = (from.scales.as_ptr().cast(), from.mins.as_ptr().cast());
         let mut codes = batch.codes.as_ptr();
         let (mut x_scales, mut x_sums) = (batch.scales.as_ptr(), batch.sums.as_ptr());
         let mut total = [S::zero(); M];
-        for _ in 0..tile.codes.len() / (BLOCK / 4 * S::UNPACKED) {
-            for group in 0..GROUPS {
-                let (mut high, mut low) = ([S::splat(0); M], [S::splat(0); M]);
-                for _ in 0..BLOCK / 4 / GROUPS {
-                    S::dots_unpacked(&mut high, &mut low, w.cast(), codes);
-                    w = w.add(S::UNPACKED);
-                    codes = codes.add(8 * M);
-                }
-                let scale = S::load_float(scales);
-                scales = scales.add(TILE);
-                for m in 0..M {
-                    // The scale of the weights is the same for all rows; that of the activation, for all lanes.
-                    let scaled = S::mul(S::to_float(S::join_sums(high[m], low[m])), scale);
-                    total[m] = S::scale_add(scaled, *x_scales.add(m), total[m]);
-                }
-                if MIN {
-                    // Sums of a whole block come first, then those of its halves.
-                    let from = x_sums.add(if GROUPS == 1 { 0 } else { (1 + group) * M });
-                    let min = S::load_float(mins);
-                    mins = mins.add(TILE);
-                    for (m, total) in total.iter_mut().enumerate() {
-                        *total = S::scale_add(min, *from.add(m), *total);
+        for _ in 0..tile.weight.plan.blocks {
+            let block = codes;
+            for _ in 0..PARTS {
+                codes = block;
+                for group in 0..GROUPS {
+                    let (mut high, mut low) = ([S::splat(0); M], [S::splat(0); M]);
+                    for _ in 0..BLOCK / 4 / GROUPS {
+                        S::dots_unpacked(&mut high, &mut low, w.cast(), codes);
+                        w = w.add(S::UNPACKED);
+                        codes = codes.add(8 * M);
+                    }
+                    let scale = S::load_float(scales);
+                    scales = scales.add(TILE);
+                    for m in 0..M {
+                        // The scale of the weights is the same for all rows; that of the activation, for all lanes.
+                        let scaled = S::mul(S::to_float(S::join_sums(high[m], low[m])), scale);
+                        total[m] = S::scale_add(scaled, *x_scales.add(m), total[m]);
+                    }
+                    if MIN {
+                        // Sums of a whole block come first, then those of its halves.
+                        let from = x_sums.add(if GROUPS == 1 { 0 } else { (1 + group) * M });
+                        let min = S::load_float(mins);
+                        mins = mins.add(TILE);
+                        for (m, total) in total.iter_mut().enumerate() {
+                            *total = S::scale_add(min, *from.add(m), *total);
+                        }
                     }
                 }
             }
             (x_scales, x_sums) = (x_scales.add(M), x_sums.add(3 * M));
         }
-        let factors = S::load_float(factors);
+        let factors = S::load_float(tile.factors.as_ptr());
         for (m, total) in total.into_iter().enumerate() {
-            let values = S::mul(total, factors);
-            let out = out.add(m * stride);
-            if columns == TILE {
-                S::store(values, out);
-            } else {
-                let mut all = [0.0; TILE];
-                S::store(values, all.as_mut_ptr());
-                out.copy_from_nonoverlapping(all.as_ptr(), columns);
-            }
+            tile.store::<S>(S::mul(total, factors), first + m);
         }
     }
 }
