@@ -270,6 +270,15 @@ impl AutoModelForTableQuestionAnswering {
         })
     }
 
+    /// How many values each of a token's types has; those of
+    /// [`table_ids`](oxiformers_nn::EncoderInputs::table_ids) must be below.
+    pub fn type_vocab_sizes(&self) -> &[usize] {
+        match &self.config.architecture {
+            AnyConfig::Tapas(config) => &config.own.type_vocab_sizes,
+            _ => &[],
+        }
+    }
+
     /// Where it runs.
     pub fn device(&self) -> &Device {
         &self.device

@@ -8,8 +8,11 @@ use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Context, Embedding, Embeddings, EmbeddingsConfig, Encoder,
     EncoderLayer, Error, Head, LayerNorm, Linear, Mlp, PositionCount, Reads, Result, Weights,
 };
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use crate::fields::over_defaults;
 use crate::{EncoderArchitecture, Task};
 
 /// The fields of `config.json`.
@@ -51,6 +54,45 @@ impl Default for Config {
             is_decoder: false,
             tie_word_embeddings: true,
         }
+    }
+}
+
+/// The fields of a relative's `config.json`: BERT's, with the relative's defaults, and those that BERT does not have.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "Value", bound = "")]
+#[allow(missing_docs)]
+pub struct Extended<F: Extends> {
+    #[serde(flatten)]
+    pub bert: Config,
+    #[serde(flatten)]
+    pub own: F,
+}
+
+/// The fields that an architecture has and BERT has not.
+pub trait Extends: Default + Serialize + DeserializeOwned {
+    /// BERT's fields where the architecture's configuration does not say them.
+    fn bert() -> Config {
+        Config::default()
+    }
+}
+
+impl<F: Extends> Default for Extended<F> {
+    fn default() -> Self {
+        Self {
+            bert: F::bert(),
+            own: F::default(),
+        }
+    }
+}
+
+impl<F: Extends> TryFrom<Value> for Extended<F> {
+    type Error = serde_json::Error;
+
+    fn try_from(json: Value) -> serde_json::Result<Self> {
+        Ok(Self {
+            own: serde_json::from_value(json.clone())?,
+            bert: over_defaults(&F::bert(), json)?,
+        })
     }
 }
 

@@ -16,23 +16,13 @@ use oxiformers_nn::{
     ScoreBias, Weights, attend,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::bert::{self, ATTENTION, Layer, pooled_head};
-use crate::fields::over_defaults;
+use crate::bert::{self, ATTENTION, Extended, Extends, Layer, pooled_head};
 use crate::roberta::classification_head;
 use crate::{EncoderArchitecture, Task};
 
 /// The fields of `config.json`: BERT's with other defaults, and more.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(try_from = "Value")]
-#[allow(missing_docs)]
-pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
-    #[serde(flatten)]
-    pub own: Fields,
-}
+pub type Config = Extended<Fields>;
 
 /// Which tokens see each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,20 +60,14 @@ impl Default for Fields {
     }
 }
 
-impl TryFrom<Value> for Config {
-    type Error = serde_json::Error;
-
-    fn try_from(json: Value) -> serde_json::Result<Self> {
-        let defaults = bert::Config {
+impl Extends for Fields {
+    fn bert() -> bert::Config {
+        bert::Config {
             vocab_size: 50_358,
             hidden_act: Activation::GeluTanh,
             max_position_embeddings: 4096,
             ..bert::Config::default()
-        };
-        Ok(Self {
-            own: serde_json::from_value(json.clone())?,
-            bert: over_defaults(&defaults, json)?,
-        })
+        }
     }
 }
 
@@ -131,13 +115,16 @@ struct Blocks {
 }
 
 impl Blocks {
+    /// How many blocks a sequence has; none where it is short.
+    fn count(self, seq: usize) -> Option<usize> {
+        let short = (self.random.saturating_mul(2).saturating_add(5)).saturating_mul(self.size);
+        (seq > short).then(|| seq.div_ceil(self.size))
+    }
+
     /// What the blocks of a batch see; none where its sequences are short.
     fn windows(self, inputs: &EncoderInputs, device: &Device) -> Option<BlockWindows> {
         let seq = inputs.dims()[1];
-        let short = (self.random.saturating_mul(2).saturating_add(5)).saturating_mul(self.size);
-        if seq <= short {
-            return None;
-        }
+        self.count(seq)?;
         let key = |place, bias| GlobalKey { place, bias };
         let often = (1.0 + self.random as f32).ln();
         let first = (0..self.size).map(|place| key(place, often));
@@ -168,6 +155,17 @@ impl Backbone for Model {
     }
 }
 
+impl Config {
+    /// How sequences are cut; none where all tokens see each other.
+    fn blocks(&self) -> Option<Blocks> {
+        let blocks = Blocks {
+            size: self.own.block_size,
+            random: self.own.num_random_blocks,
+        };
+        (self.own.attention_type == AttentionType::BlockSparse).then_some(blocks)
+    }
+}
+
 impl EncoderArchitecture for Config {
     type Model = Model;
     const BASE: &'static str = "bert";
@@ -194,14 +192,10 @@ impl EncoderArchitecture for Config {
             let attention = Attention::load_named(&w.pp("attention"), ATTENTION, attention.clone())?;
             c.layer_around(&w, attention)
         });
-        let blocks = Blocks {
-            size: own.block_size,
-            random: own.num_random_blocks,
-        };
         Ok(Model {
             embeddings: Embeddings::load(&w.pp("embeddings"), embeddings)?,
             layers: layers.collect::<Result<_>>()?,
-            blocks: (own.attention_type == AttentionType::BlockSparse).then_some(blocks),
+            blocks: self.blocks(),
         })
     }
 
@@ -241,6 +235,12 @@ impl EncoderArchitecture for Config {
             }
             _ => return pooled_head(task, w, &w.pp("bert.pooler"), hidden, labels),
         }))
+    }
+
+    /// Everyone sees the last block, which is that of the longest sequence of a batch.
+    fn batch_group(&self, length: usize) -> usize {
+        let count = self.blocks().and_then(|blocks| blocks.count(length));
+        count.unwrap_or(0)
     }
 
     fn max_position_embeddings(&self) -> Option<usize> {

@@ -14,20 +14,11 @@ use oxiformers_nn::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::bert::{self, Layer};
-use crate::fields::over_defaults;
+use crate::bert::{self, Extended, Extends, Layer};
 use crate::{EncoderArchitecture, Task};
 
 /// The fields of `config.json`: BERT's with other defaults, and more.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(try_from = "Value")]
-#[allow(missing_docs)]
-pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
-    #[serde(flatten)]
-    pub own: Fields,
-}
+pub type Config = Extended<Fields>;
 
 /// The fields that BERT does not have.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -72,11 +63,9 @@ impl Default for Fields {
     }
 }
 
-impl TryFrom<Value> for Config {
-    type Error = serde_json::Error;
-
-    fn try_from(json: Value) -> serde_json::Result<Self> {
-        let defaults = bert::Config {
+impl Extends for Fields {
+    fn bert() -> bert::Config {
+        bert::Config {
             vocab_size: 128_100,
             hidden_size: 1536,
             num_hidden_layers: 24,
@@ -85,11 +74,7 @@ impl TryFrom<Value> for Config {
             type_vocab_size: 0,
             layer_norm_eps: 1e-7,
             ..bert::Config::default()
-        };
-        Ok(Self {
-            own: serde_json::from_value(json.clone())?,
-            bert: over_defaults(&defaults, json)?,
-        })
+        }
     }
 }
 

@@ -6,23 +6,13 @@ use oxiformers_nn::{
     Activation, Encoder, Error, Head, LayerNorm, Linear, PositionCount, Reads, Result, Weights,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::bert::{self, Layer};
-use crate::fields::over_defaults;
+use crate::bert::{self, Extended, Extends, Layer};
 use crate::roberta::classification_head;
 use crate::{EncoderArchitecture, Task};
 
 /// The fields of `config.json`: BERT's with other defaults, and more.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(try_from = "Value")]
-#[allow(missing_docs)]
-pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
-    #[serde(flatten)]
-    pub own: Fields,
-}
+pub type Config = Extended<Fields>;
 
 /// The fields that BERT does not have.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -46,20 +36,14 @@ impl Default for Fields {
     }
 }
 
-impl TryFrom<Value> for Config {
-    type Error = serde_json::Error;
-
-    fn try_from(json: Value) -> serde_json::Result<Self> {
-        let defaults = bert::Config {
+impl Extends for Fields {
+    fn bert() -> bert::Config {
+        bert::Config {
             hidden_size: 256,
             num_attention_heads: 4,
             intermediate_size: 1024,
             ..bert::Config::default()
-        };
-        Ok(Self {
-            own: serde_json::from_value(json.clone())?,
-            bert: over_defaults(&defaults, json)?,
-        })
+        }
     }
 }
 

@@ -8,22 +8,12 @@ use oxiformers_nn::{
     Result, Weights,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::bert::{self, Layer, pooled_head};
-use crate::fields::over_defaults;
+use crate::bert::{self, Extended, Extends, Layer, pooled_head};
 use crate::{EncoderArchitecture, Task};
 
 /// The fields of `config.json`: BERT's, and more.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(try_from = "Value")]
-#[allow(missing_docs)]
-pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
-    #[serde(flatten)]
-    pub own: Fields,
-}
+pub type Config = Extended<Fields>;
 
 /// The fields that BERT does not have.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -41,16 +31,7 @@ impl Default for Fields {
     }
 }
 
-impl TryFrom<Value> for Config {
-    type Error = serde_json::Error;
-
-    fn try_from(json: Value) -> serde_json::Result<Self> {
-        Ok(Self {
-            own: serde_json::from_value(json.clone())?,
-            bert: over_defaults(&bert::Config::default(), json)?,
-        })
-    }
-}
+impl Extends for Fields {}
 
 /// Embeddings of boxes on a page.
 #[derive(Module, Debug)]

@@ -229,6 +229,12 @@ pub trait EncoderArchitecture {
         Ok(None)
     }
 
+    /// Which sequences can share a batch: those whose lengths are of one group come to the same in it as each alone. The
+    /// padding of most architectures changes nothing, and all lengths are one group.
+    fn batch_group(&self, _length: usize) -> usize {
+        0
+    }
+
     /// Longest sequence the model was made for, if it says so.
     fn max_position_embeddings(&self) -> Option<usize>;
 }

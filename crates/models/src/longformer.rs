@@ -13,23 +13,14 @@ use oxiformers_nn::{
     EncoderInputs, EncoderOutput, Error, Head, Linear, PositionCount, Result, ScoreBias, Weights, attend,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::bert::{self, ATTENTION, Layer, pooled_head};
-use crate::fields::{one_or_more, over_defaults};
+use crate::bert::{self, ATTENTION, Extended, Extends, Layer, pooled_head};
+use crate::fields::one_or_more;
 use crate::roberta::{classification_head, lm_head};
 use crate::{EncoderArchitecture, Task};
 
 /// The fields of `config.json`: BERT's with other defaults, and more.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(try_from = "Value")]
-#[allow(missing_docs)]
-pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
-    #[serde(flatten)]
-    pub own: Fields,
-}
+pub type Config = Extended<Fields>;
 
 /// The fields that BERT does not have.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -51,18 +42,12 @@ impl Default for Fields {
     }
 }
 
-impl TryFrom<Value> for Config {
-    type Error = serde_json::Error;
-
-    fn try_from(json: Value) -> serde_json::Result<Self> {
-        let defaults = bert::Config {
+impl Extends for Fields {
+    fn bert() -> bert::Config {
+        bert::Config {
             pad_token_id: 1,
             ..bert::Config::default()
-        };
-        Ok(Self {
-            own: serde_json::from_value(json.clone())?,
-            bert: over_defaults(&defaults, json)?,
-        })
+        }
     }
 }
 

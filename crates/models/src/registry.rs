@@ -136,6 +136,14 @@ macro_rules! architectures {
                 }
             }
 
+            /// See [`EncoderArchitecture::batch_group`].
+            pub fn batch_group(&self, length: usize) -> usize {
+                match self {
+                    $(Self::$e_variant(config) => config.batch_group(length),)+
+                    _ => 0,
+                }
+            }
+
             /// Which halves it has.
             pub fn kind(&self) -> Kind {
                 match self {

@@ -13,10 +13,8 @@ use oxiformers_nn::{
     Head, Linear, Result, Weights,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::bert::{self, Layer, pooled_head, pooler};
-use crate::fields::over_defaults;
+use crate::bert::{self, Extended, Extends, Layer, pooled_head, pooler};
 use crate::{EncoderArchitecture, Task};
 
 /// Which of the types is a token's column.
@@ -25,15 +23,7 @@ const COLUMN: usize = 1;
 const ROW: usize = 2;
 
 /// The fields of `config.json`: BERT's with other defaults, and more.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(try_from = "Value")]
-#[allow(missing_docs)]
-pub struct Config {
-    #[serde(flatten)]
-    pub bert: bert::Config,
-    #[serde(flatten)]
-    pub own: Fields,
-}
+pub type Config = Extended<Fields>;
 
 /// The fields that BERT does not have.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -65,18 +55,12 @@ impl Default for Fields {
     }
 }
 
-impl TryFrom<Value> for Config {
-    type Error = serde_json::Error;
-
-    fn try_from(json: Value) -> serde_json::Result<Self> {
-        let defaults = bert::Config {
+impl Extends for Fields {
+    fn bert() -> bert::Config {
+        bert::Config {
             max_position_embeddings: 1024,
             ..bert::Config::default()
-        };
-        Ok(Self {
-            own: serde_json::from_value(json.clone())?,
-            bert: over_defaults(&defaults, json)?,
-        })
+        }
     }
 }
 
@@ -184,8 +168,17 @@ impl EncoderArchitecture for Config {
         }
     }
 
+    /// Padding stands in the column of the question, which some models may choose.
+    fn batch_group(&self, length: usize) -> usize {
+        match self.own.allow_empty_column_selection {
+            true => length,
+            false => 0,
+        }
+    }
+
+    /// None where positions count from the beginning of a cell, and those beyond the last are alike.
     fn max_position_embeddings(&self) -> Option<usize> {
-        Some(self.bert.max_position_embeddings)
+        (!self.own.reset_position_index_per_cell).then_some(self.bert.max_position_embeddings)
     }
 }
 

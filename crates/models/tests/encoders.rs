@@ -493,3 +493,41 @@ fn boxes_that_do_not_fit_are_errors() {
         assert!(error.contains("bbox"), "{error}");
     }
 }
+
+/// Blocks of two tokens; up to 22 tokens are short.
+#[test]
+fn sequences_of_a_group_share_a_batch() {
+    let dir = fixture("big_bird");
+    let files = model(&dir, &with_head(&tensors(&dir), "Base"));
+    let model = AutoModel::from_files(&files, &LoadOptions::default()).expect("model");
+    let group = |length| model.config.architecture.batch_group(length);
+    assert!(group(22) == group(5) && group(22) != group(23) && group(24) != group(25));
+    let sequence = |length: u32| {
+        (0..length)
+            .map(|i| 5 + (i * 37 + length) % 80)
+            .collect::<Vec<u32>>()
+    };
+    let states = |rows: &[Vec<u32>]| {
+        let output = model.forward(&EncoderInputs::padded(rows, 0)).expect("forward");
+        let [_, seq, hidden] = output.last_hidden_state.dims();
+        let states = floats(output.last_hidden_state);
+        let of_row =
+            |(row, ids): (usize, &Vec<u32>)| states[row * seq * hidden..][..ids.len() * hidden].to_vec();
+        rows.iter().enumerate().map(of_row).collect::<Vec<_>>()
+    };
+    for (lengths, alike) in [
+        ([25, 26], true),
+        ([3, 21], true),
+        ([24, 27], false),
+        ([20, 25], false),
+    ] {
+        let rows = lengths.map(sequence);
+        let together = states(&rows);
+        let alone = rows.map(|row| states(&[row]).concat());
+        let worst = (together.iter().zip(&alone))
+            .map(|(a, b)| largest_difference(a, b))
+            .fold(0.0, f32::max);
+        assert_eq!(worst < 1e-5, alike, "{lengths:?}: {worst:e}");
+        assert_eq!(group(lengths[0] as usize) == group(lengths[1] as usize), alike);
+    }
+}
