@@ -172,7 +172,7 @@ pub struct PipelineArgs {
     #[arg(help = format!("One of {}", Task::names().join(", ")))]
     pub task: String,
     /// What to do it with: texts, or JSON where the task takes more than a text (question-answering: an object with
-    /// question and context). Without any, --file or standard input is read.
+    /// question and context; table-question-answering: with table and query). Without any, --file or standard input is read.
     pub inputs: Vec<String>,
     #[arg(long, help = format!("{MODEL_HELP} [default: what Transformers takes for the task]"))]
     pub model: Option<String>,
@@ -273,9 +273,16 @@ pub struct TaskArgs {
     /// sentence-similarity: the sentence that all texts are compared with.
     #[arg(long, value_name = "TEXT")]
     pub source_sentence: Option<String>,
-    /// reranking: what to look for in all texts.
+    /// reranking: what to look for in all texts; table-question-answering: what to ask about the table.
     #[arg(long, value_name = "TEXT")]
     pub query: Option<String>,
+    /// table-question-answering: the table that all texts ask about: rows under a line of names (csv), columns or records
+    /// (json), a record per line (jsonl), parquet.
+    #[arg(long, value_name = "FILE")]
+    pub table: Option<PathBuf>,
+    /// table-question-answering: each question may refer to the answer to the one before.
+    #[arg(long)]
+    pub sequential: bool,
     /// Any other option of the task, or setting of generation, such as num_beams=2; may be repeated.
     #[arg(long, value_name = "NAME=VALUE")]
     pub set: Vec<String>,

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -20,7 +21,7 @@ const BATCHES: usize = 16;
 pub fn run(args: &PipelineArgs) -> anyhow::Result<()> {
     let task = Task::parse(&args.task)?;
     let options = Value::Object(args.options.to_json()?);
-    let form = Form { task, args };
+    let form = Form::new(task, args)?;
     let total = match form.is_one() || args.file.is_some() || !args.inputs.is_empty() {
         // What cannot be read is found before hours of work.
         true => Some(
@@ -37,7 +38,10 @@ pub fn run(args: &PipelineArgs) -> anyhow::Result<()> {
                 (None, []) => bail!("--output: what comes from a pipe cannot be gone on with; name a --file"),
                 (None, texts) => json!({ "sha256": job::sha256(serde_json::to_string(texts)?.as_bytes())? }),
             };
-            let what = json!({ "task": args.task, "model": model, "options": options, "inputs": inputs });
+            let mut what = json!({ "task": args.task, "model": model, "options": options, "inputs": inputs });
+            if let Some(path) = &args.options.table {
+                what["table"] = json!({ "file": path, "sha256": job::sha256(File::open(path)?)? });
+            }
             Out::Job(Job::open(path, what.as_object().context("no object")?)?)
         }
         None if args.json => Out::Json,
@@ -135,8 +139,9 @@ impl Out {
     ) -> oxiformers::Result<Vec<String>> {
         match self {
             Self::Job(_) | Self::Json => {
-                let answers = block_on(pipeline.run(inputs, options, batch_size))?;
-                Ok(answers.iter().map(|answer| format!("{answer}\n")).collect())
+                let mut answers = block_on(pipeline.run_to_json(inputs, options, batch_size))?;
+                answers.iter_mut().for_each(|answer| answer.push('\n'));
+                Ok(answers)
             }
             Self::Text { apart } => {
                 let answers = block_on(pipeline.run_to_text(inputs, options, batch_size))?;
@@ -173,24 +178,56 @@ fn print(text: &str) -> anyhow::Result<()> {
 struct Form<'a> {
     task: Task,
     args: &'a PipelineArgs,
+    /// What all texts ask about.
+    table: Option<Rc<Value>>,
 }
 
 impl<'a> Form<'a> {
+    fn new(task: Task, args: &'a PipelineArgs) -> anyhow::Result<Self> {
+        let table = match &args.options.table {
+            Some(_) if task != Task::TableQuestionAnswering => {
+                bail!("--table is for table-question-answering")
+            }
+            Some(path) => Some(Rc::new(records::table(path)?)),
+            None => None,
+        };
+        let form = Self { task, args, table };
+        if form.question().is_some() {
+            if form.table.is_none() {
+                bail!("--query: what is asked about; name a --table");
+            }
+            if args.file.is_some() || !args.inputs.is_empty() {
+                bail!("--query: there are other questions as well; ask them all as texts");
+            }
+        }
+        Ok(form)
+    }
+
+    /// The only question about a table.
+    fn question(&self) -> Option<&'a str> {
+        let query = self.args.options.query.as_deref();
+        query.filter(|_| self.task == Task::TableQuestionAnswering)
+    }
+
     /// The inputs, from wherever they are to come.
     fn inputs(&self) -> anyhow::Result<Box<dyn Iterator<Item = anyhow::Result<Value>> + 'a>> {
         let args = self.args;
         let records: Box<dyn Iterator<Item = anyhow::Result<Value>> + 'a> =
-            match (&args.file, args.inputs.as_slice()) {
-                (Some(path), _) => records::from_file(path, args.format.unwrap_or(Format::of(path)))?,
-                (None, []) => records::from_stdin(args.format.unwrap_or(self.piped()))?,
-                (None, texts) => Box::new(texts.iter().map(|text| Ok(text.clone().into()))),
+            match (&args.file, args.inputs.as_slice(), self.question()) {
+                (Some(path), ..) => records::from_file(path, args.format.unwrap_or(Format::of(path)))?,
+                (None, [], Some(question)) => Box::new(std::iter::once(Ok(question.into()))),
+                (None, [], None) => records::from_stdin(args.format.unwrap_or(self.piped()))?,
+                (None, texts, _) => Box::new(texts.iter().map(|text| Ok(text.clone().into()))),
             };
-        let form = Self { ..*self };
+        let form = Self {
+            table: self.table.clone(),
+            ..*self
+        };
         if let Some((name, one, many)) = self.together() {
             let texts = records
                 .map(|record| form.text(record?))
                 .collect::<anyhow::Result<Vec<_>>>()?;
-            let input = Map::from_iter([(name.to_string(), one.into()), (many.to_string(), texts.into())]);
+            let input = Map::from_iter([(name.to_string(), one), (many.to_string(), texts.into())]);
             return Ok(Box::new(std::iter::once(Ok(input.into()))));
         }
         Ok(Box::new(records.enumerate().map(move |(index, record)| {
@@ -201,19 +238,22 @@ impl<'a> Form<'a> {
 
     /// Whether all texts are one input.
     fn is_one(&self) -> bool {
-        self.together().is_some() && (self.args.file.is_some() || !self.args.inputs.is_empty())
+        let given = self.args.file.is_some() || !self.args.inputs.is_empty();
+        self.question().is_some() || self.together().is_some() && given
     }
 
-    /// The text that all others belong to, and the names of both.
-    fn together(&self) -> Option<(&'static str, &'a str, &'static str)> {
+    /// What all texts belong to, and the names of both.
+    fn together(&self) -> Option<(&'static str, Value, &'static str)> {
         let options = &self.args.options;
         match self.task {
-            Task::SentenceSimilarity => Some((
-                "source_sentence",
-                options.source_sentence.as_deref()?,
-                "sentences",
-            )),
-            Task::Reranking => Some(("query", options.query.as_deref()?, "documents")),
+            Task::SentenceSimilarity => {
+                let sentence = options.source_sentence.as_deref()?;
+                Some(("source_sentence", sentence.into(), "sentences"))
+            }
+            Task::Reranking => Some(("query", options.query.as_deref()?.into(), "documents")),
+            Task::TableQuestionAnswering if options.sequential => {
+                Some(("table", Value::clone(self.table.as_ref()?), "query"))
+            }
             _ => None,
         }
     }
@@ -223,6 +263,7 @@ impl<'a> Form<'a> {
         match self.task {
             Task::QuestionAnswering if self.args.options.question.is_none() => Format::Jsonl,
             Task::SentenceSimilarity | Task::Reranking if self.together().is_none() => Format::Jsonl,
+            Task::TableQuestionAnswering if self.table.is_none() => Format::Jsonl,
             _ => Format::Txt,
         }
     }
@@ -233,6 +274,7 @@ impl<'a> Form<'a> {
             // What may be more than a text can be written as JSON.
             (
                 Task::QuestionAnswering
+                | Task::TableQuestionAnswering
                 | Task::SentenceSimilarity
                 | Task::Reranking
                 | Task::TextClassification
@@ -262,6 +304,19 @@ impl<'a> Form<'a> {
                 bail!("is a text; name the --query, or write {{\"query\": …, \"documents\": […]}}")
             }
             (Task::QuestionAnswering | Task::SentenceSimilarity | Task::Reranking, _) => Ok(record),
+            (Task::TableQuestionAnswering, _) => match &self.table {
+                Some(table) => {
+                    let query = match record {
+                        Value::Array(_) => record,
+                        record => self.text(record)?.into(),
+                    };
+                    Ok(json!({ "table": **table, "query": query }))
+                }
+                None if !record.is_object() => {
+                    bail!("is a text; name the --table, or write {{\"table\": …, \"query\": …}}")
+                }
+                None => Ok(record),
+            },
             (Task::TextClassification, _) if has("text_pair") => Ok(record),
             (Task::TextGeneration, _) if has("messages") => Ok(record),
             _ if record.is_array() => Ok(record),
@@ -335,6 +390,7 @@ impl TaskArgs {
                 self.hypothesis_template.clone().map(Value::from),
             ),
             ("multi_label", on(self.multi_label)),
+            ("sequential", on(self.sequential)),
             ("src_lang", self.src_lang.clone().map(Value::from)),
             ("tgt_lang", self.tgt_lang.clone().map(Value::from)),
             ("max_new_tokens", self.max_new_tokens.map(Value::from)),

@@ -36,6 +36,21 @@ pub fn from_file(path: &Path, format: Format) -> anyhow::Result<Records> {
     }
 }
 
+/// A table: a JSON file as it is, the records of any other.
+pub fn table(path: &Path) -> anyhow::Result<Value> {
+    let name = || path.display().to_string();
+    if path.extension().is_some_and(|end| end == "json") {
+        return serde_json::from_slice(&std::fs::read(path).with_context(name)?).with_context(name);
+    }
+    match Format::of(path) {
+        Format::Txt => Err(anyhow!(
+            "{}: a table is a file whose name ends in csv, json, jsonl or parquet",
+            name()
+        )),
+        format => from_file(path, format)?.collect(),
+    }
+}
+
 /// The records of standard input.
 pub fn from_stdin(format: Format) -> anyhow::Result<Records> {
     let (stdin, name) = (std::io::stdin(), "standard input".to_string());
@@ -144,5 +159,28 @@ impl<R: Read> Rows<R> {
                 .map(field)
                 .collect::<anyhow::Result<_>>()?,
         ))
+    }
+}
+
+#[cfg(all(test, feature = "parquet"))]
+mod tests {
+    use super::*;
+
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures")
+            .join(name)
+    }
+
+    #[test]
+    fn parquet_has_rows_of_every_type() {
+        let expected: Vec<Value> =
+            serde_json::from_slice(&std::fs::read(fixture("rows.json")).unwrap()).unwrap();
+        for compression in ["none", "snappy", "gzip", "zstd"] {
+            let path = fixture(&format!("rows-{compression}.parquet"));
+            let rows = from_file(&path, Format::of(&path)).unwrap();
+            let rows: Vec<Value> = rows.collect::<anyhow::Result<_>>().unwrap();
+            assert_eq!(rows, expected, "{compression}");
+        }
     }
 }

@@ -712,6 +712,119 @@ fn pipelines_take_more_than_texts() {
 }
 
 #[test]
+fn tables_are_files_or_json() {
+    let model = pipeline_model("tapas");
+    let ask = || pipeline("table-question-answering", &model);
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let columns = serde_json::json!({"Actors": ["Brad Pitt", "George Clooney"], "Age": [56, 59]});
+    let records = [("Brad Pitt", 56), ("George Clooney", 59)];
+    let records = records.map(|(name, age)| serde_json::json!({"Actors": name, "Age": age}).to_string());
+    let question = "How old is Brad Pitt?";
+    let object = serde_json::json!({"table": columns, "query": question}).to_string();
+    let by_json = json_lines(ask().args(["--json", &object]));
+    assert_eq!(by_json.len(), 1);
+    let keys: Vec<&String> = by_json[0].as_object().unwrap().keys().collect();
+    assert_eq!(keys, ["answer", "coordinates", "cells", "aggregator"]);
+    for table in [
+        write(
+            "table.csv",
+            "Actors,Age\nBrad Pitt,56\n\"George Clooney\",59\n".to_string(),
+        ),
+        write("columns.json", columns.to_string()),
+        write("records.json", format!("[{}]", records.join(","))),
+        write("records.jsonl", records.join("\n")),
+    ] {
+        let with = |args: &[&str]| json_lines(ask().arg("--json").arg("--table").arg(&table).args(args));
+        assert_eq!(with(&["--query", question]), by_json, "{}", table.display());
+        assert_eq!(
+            with(&[question, question]),
+            [by_json.clone(), by_json.clone()].concat()
+        );
+        let list = with(&[&serde_json::json!([question, "1"]).to_string()]);
+        assert_eq!(list[0][0], by_json[0]);
+        let sequence = with(&["--sequential", question, question]);
+        assert_eq!(sequence.len(), 1);
+        assert_eq!(sequence[0][0], by_json[0]);
+        assert_eq!(sequence[0].as_array().unwrap().len(), 2);
+    }
+    let table = folder.path().join("table.csv");
+    let fails = |command: &mut Command, message: &str| {
+        let shown = contains(message).and(contains("panicked").not());
+        command.assert().failure().stderr(shown);
+    };
+    fails(ask().arg(question), "--table");
+    fails(ask().args(["--query", question]), "--table");
+    fails(
+        ask().arg("--table").arg(&table).args(["--query", question, "x"]),
+        "--query",
+    );
+    fails(
+        ask().arg("--table").arg(folder.path().join("none.csv")).arg("x"),
+        "none.csv",
+    );
+    fails(
+        ask()
+            .arg("--table")
+            .arg(write("table.txt", String::new()))
+            .arg("x"),
+        "table.txt",
+    );
+    fails(
+        ask()
+            .arg("--table")
+            .arg(write("empty.csv", "a,b\n".to_string()))
+            .arg("x"),
+        "no columns",
+    );
+    fails(
+        pipeline("fill-mask", &model).arg("--table").arg(&table).arg("x"),
+        "--table",
+    );
+    let long = write(
+        "long.csv",
+        format!("word\n{}", "over the lazy dog and over the fox\n".repeat(30)),
+    );
+    fails(ask().arg("--table").arg(&long).arg("x"), "truncation");
+    let cut = ask()
+        .arg("--table")
+        .arg(&long)
+        .args(["--truncation", "x"])
+        .assert()
+        .success();
+    cut.stderr(contains("1 of 1 tables were cut to 160 tokens"));
+}
+
+#[cfg(feature = "parquet")]
+#[test]
+fn parquet_is_read() {
+    let model = pipeline_model("distilbert-moods");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let texts: Vec<String> = (0..40)
+        .map(|i| format!("text {i} {}", "lives in Berlin ".repeat(i % 5)))
+        .collect();
+    let expected = json_lines(pipeline("text-classification", &model).arg("--json").args(&texts));
+    let classify = |name: &str| {
+        let mut command = pipeline("text-classification", &model);
+        command.arg("--json").arg("--file").arg(fixtures.join(name));
+        command
+    };
+    assert_eq!(json_lines(&mut classify("texts.parquet")), expected);
+    // A row without a text.
+    let failure = classify("rows-snappy.parquet").assert().failure();
+    failure.stderr(contains("input 3").and(contains("null")));
+
+    let model = pipeline_model("tapas");
+    let mut command = pipeline("table-question-answering", &model);
+    command.args(["--truncation", "--query", "What?", "--table"]);
+    command.arg(fixtures.join("texts.parquet")).assert().success();
+}
+
+#[test]
 fn a_pipeline_goes_on_where_it_was_stopped() {
     let model = pipeline_model("distilbert-moods");
     let folder = tempfile::tempdir().unwrap();

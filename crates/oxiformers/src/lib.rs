@@ -51,8 +51,8 @@ pub use pipelines::pipeline;
 pub use pipelines::{
     AnyPipeline, Conversation, Embeddings, Error, FeatureExtraction, FillMask, FromPretrained, LanguageModel,
     OneOrMany, Pipeline, QuestionAnswering, Reranking, Result, SentenceEncoder, SentenceSimilarity,
-    Seq2SeqModel, Summarization, Task, Text2TextGeneration, TextClassification, TextGeneration,
-    TokenClassification, Translation, ZeroShotClassification, tasks,
+    Seq2SeqModel, Summarization, TableQuestionAnswering, Task, Text2TextGeneration, TextClassification,
+    TextGeneration, TokenClassification, Translation, ZeroShotClassification, tasks,
 };
 pub use processors::{
     ChatTemplate, Message, RenderOptions, Table, TableEncoding, Tokenizer, Tokenizer as AutoTokenizer,

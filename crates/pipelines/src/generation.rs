@@ -4,7 +4,7 @@ use oxiformers_generate::{Generated, GenerationConfig, Generator};
 use oxiformers_hub::ModelFiles;
 use serde_json::{Map, Value};
 
-use crate::texts::by_length;
+use crate::texts::{Shape, in_batches};
 use crate::{Error, Result};
 
 /// The model's settings with a task's defaults for what the model's files do not set.
@@ -59,13 +59,15 @@ pub(crate) async fn generate(
     batch_size: usize,
 ) -> Result<Vec<Vec<Generated>>> {
     let each = generator.config().num_return_sequences.max(1);
-    let mut answers: Vec<Vec<Generated>> = vec![Vec::new(); prompts.len()];
-    for batch in by_length(prompts, batch_size, Vec::len) {
+    let forward = async |batch: &[usize]| {
         let texts: Vec<Vec<u32>> = batch.iter().map(|index| prompts[*index].clone()).collect();
         let mut generated = generator.generate(&texts).await?.into_iter();
-        for index in batch {
-            answers[index] = generated.by_ref().take(each).collect();
-        }
-    }
-    Ok(answers)
+        let of_prompt = |_| generated.by_ref().take(each).collect();
+        Ok(batch.iter().map(of_prompt).collect())
+    };
+    let shape = |prompt: &Vec<u32>| Shape {
+        group: 0,
+        length: prompt.len(),
+    };
+    in_batches(prompts, batch_size, shape, forward).await
 }

@@ -42,6 +42,6 @@ pub use sentence_encoder::SentenceEncoder;
 pub use seq2seq_model::Seq2SeqModel;
 pub use tasks::{
     Embeddings, FeatureExtraction, FillMask, QuestionAnswering, Reranking, SentenceSimilarity, Summarization,
-    Text2TextGeneration, TextClassification, TextGeneration, TokenClassification, Translation,
-    ZeroShotClassification,
+    TableQuestionAnswering, Text2TextGeneration, TextClassification, TextGeneration, TokenClassification,
+    Translation, ZeroShotClassification,
 };

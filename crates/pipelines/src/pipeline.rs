@@ -10,8 +10,8 @@ use serde_json::Value;
 
 use crate::tasks::{
     Embeddings, FeatureExtraction, FillMask, QuestionAnswering, Reranking, SentenceSimilarity, Summarization,
-    Text2TextGeneration, TextClassification, TextGeneration, TokenClassification, Translation,
-    ZeroShotClassification,
+    TableQuestionAnswering, Text2TextGeneration, TextClassification, TextGeneration, TokenClassification,
+    Translation, ZeroShotClassification,
 };
 use crate::{Error, FromPretrained, Result};
 
@@ -165,6 +165,25 @@ macro_rules! tasks {
                 }
             }
 
+            /// Like [`run`](Self::run), with each answer as JSON in one line, which takes less than a [`Value`].
+            ///
+            /// # Errors
+            /// As [`run`](Self::run).
+            pub async fn run_to_json(
+                &self,
+                inputs: &[Value],
+                options: &Value,
+                batch_size: usize,
+            ) -> Result<Vec<String>> {
+                match self {
+                    $(Self::$task(pipeline) => {
+                        let answers = answer(&**pipeline, inputs, options, batch_size).await?;
+                        let json = answers.iter().map(serde_json::to_string);
+                        json.collect::<serde_json::Result<_>>().map_err(Error::read_back)
+                    })+
+                }
+            }
+
             /// Like [`run`](Self::run), with answers as people read them.
             ///
             /// # Errors
@@ -196,6 +215,8 @@ tasks! {
     TokenClassification = "token-classification" | "ner", "dbmdz/bert-large-cased-finetuned-conll03-english";
     /// Where in a text the answer to a question stands.
     QuestionAnswering = "question-answering", "distilbert/distilbert-base-cased-distilled-squad";
+    /// Which cells of a table answer a question.
+    TableQuestionAnswering = "table-question-answering", "google/tapas-base-finetuned-wtq";
     /// What stands behind a mask.
     FillMask = "fill-mask", "distilbert/distilroberta-base";
     /// Which of some labels fits a text, for labels that the model was not trained on.

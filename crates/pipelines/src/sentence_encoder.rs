@@ -7,7 +7,7 @@ use oxiformers_processors::Tokenizer;
 use oxiformers_processors::tokenizer::{EncodeOptions, Encoding, Truncation};
 
 use crate::Result;
-use crate::texts::{by_length, rows_of};
+use crate::texts::{Shape, in_batches, rows_of};
 
 /// A model of sentence embeddings with its tokenizer: what Python calls a `SentenceTransformer`.
 ///
@@ -83,17 +83,18 @@ impl SentenceEncoder {
                 rows.len()
             );
         }
-        let mut embeddings = vec![Vec::new(); rows.len()];
         let pad = self.tokenizer.pad_token_id().unwrap_or(0);
-        for batch in by_length(&rows, batch_size, Encoding::len) {
+        let forward = async |batch: &[usize]| {
             let rows: Vec<Vec<u32>> = batch.iter().map(|row| rows[*row].ids.clone()).collect();
             let inputs = EncoderInputs::padded(&rows, pad);
-            let vectors = rows_of(self.model.forward(&inputs, prompt_tokens)?).await?;
-            for (row, vector) in batch.into_iter().zip(vectors) {
-                embeddings[row] = vector;
-            }
-        }
-        Ok(embeddings)
+            rows_of(self.model.forward(&inputs, prompt_tokens)?).await
+        };
+        let architecture = &self.model.model.config.architecture;
+        let shape = |row: &Encoding| Shape {
+            group: architecture.batch_group(row.len()),
+            length: row.len(),
+        };
+        in_batches(&rows, batch_size, shape, forward).await
     }
 
     /// The longest sentence in tokens, special ones included, if there is a limit.

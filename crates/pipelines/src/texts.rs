@@ -1,10 +1,12 @@
 //! Texts into an encoder, batch by batch, and its values out of it.
 
+use std::cmp::Reverse;
 use std::fmt::Display;
 
 use burn::tensor::{FloatDType, Tensor};
 use oxiformers_hub::ModelFiles;
 use oxiformers_models::AutoConfig;
+use oxiformers_models::registry::AnyConfig;
 use oxiformers_nn::EncoderInputs;
 use oxiformers_processors::Tokenizer;
 use oxiformers_processors::tokenizer::{EncodeOptions, Encoding, TextInput, Truncation, TruncationStrategy};
@@ -57,6 +59,8 @@ pub(crate) struct Texts {
     limit: Option<usize>,
     /// The longest row that the tokenizer or the model is made for: what is cut has this length, and windows have.
     pub window: Option<usize>,
+    /// The encoder that reads the rows, which says which of them share a batch.
+    architecture: Option<AnyConfig>,
 }
 
 impl Texts {
@@ -67,12 +71,16 @@ impl Texts {
             window: tokenizer.config().model_max_length.into_iter().chain(limit).min(),
             tokenizer,
             limit,
+            architecture: None,
         }
     }
 
     pub fn from_files(files: &ModelFiles, config: &AutoConfig) -> Result<Self> {
         let limit = config.architecture.max_position_embeddings();
-        Ok(Self::new(files.name(), Tokenizer::from_files(files)?, limit))
+        Ok(Self {
+            architecture: Some(config.architecture.clone()),
+            ..Self::new(files.name(), Tokenizer::from_files(files)?, limit)
+        })
     }
 
     /// The tokens of each input. One that is too long for the model is an error, unless it is to be cut, which is said.
@@ -152,17 +160,18 @@ impl Texts {
         batch_size: usize,
         forward: impl AsyncFn(&EncoderInputs, &[usize]) -> Result<Vec<A>>,
     ) -> Result<Vec<A>> {
-        let mut answers = Vec::new();
-        for batch in by_length(rows, batch_size, Encoding::len) {
-            answers.extend(
-                batch
-                    .iter()
-                    .copied()
-                    .zip(forward(&self.inputs(rows, &batch), &batch).await?),
-            );
+        let forward = async |batch: &[usize]| forward(&self.inputs(rows, batch), batch).await;
+        let shape = |row: &Encoding| self.shape(row.len());
+        in_batches(rows, batch_size, shape, forward).await
+    }
+
+    /// Where a row of this length belongs.
+    pub fn shape(&self, length: usize) -> Shape {
+        let group = |architecture: &AnyConfig| architecture.batch_group(length);
+        Shape {
+            group: self.architecture.as_ref().map_or(0, group),
+            length,
         }
-        answers.sort_by_key(|(row, _)| *row);
-        Ok(answers.into_iter().map(|(_, answer)| answer).collect())
     }
 
     fn inputs(&self, rows: &[Encoding], batch: &[usize]) -> EncoderInputs {
@@ -186,11 +195,35 @@ impl Texts {
     }
 }
 
-/// The items' indices in batches of similar length, the longest first: little of a batch is padding.
-pub(crate) fn by_length<T>(items: &[T], batch_size: usize, length: impl Fn(&T) -> usize) -> Vec<Vec<usize>> {
+/// Which batch something belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Shape {
+    /// Batches are made of one group.
+    pub group: usize,
+    /// Tokens.
+    pub length: usize,
+}
+
+/// Answers items, `batch_size` of one group and of similar length at a time. `forward` is told which items a batch has,
+/// and gives one answer for each. The answers are in the order of the items.
+pub(crate) async fn in_batches<T, A>(
+    items: &[T],
+    batch_size: usize,
+    shape: impl Fn(&T) -> Shape,
+    forward: impl AsyncFn(&[usize]) -> Result<Vec<A>>,
+) -> Result<Vec<A>> {
+    let shapes: Vec<Shape> = items.iter().map(shape).collect();
+    // The longest first: little of a batch is padding, and where memory does not suffice, it shows at once.
     let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by_key(|index| std::cmp::Reverse(length(&items[*index])));
-    order.chunks(batch_size.max(1)).map(<[usize]>::to_vec).collect()
+    order.sort_by_key(|item| Reverse(shapes[*item]));
+    let mut answers = Vec::with_capacity(items.len());
+    for group in order.chunk_by(|a, b| shapes[*a].group == shapes[*b].group) {
+        for batch in group.chunks(batch_size.max(1)) {
+            answers.extend(batch.iter().copied().zip(forward(batch).await?));
+        }
+    }
+    answers.sort_by_key(|(item, _)| *item);
+    Ok(answers.into_iter().map(|(_, answer)| answer).collect())
 }
 
 /// The values of a tensor, wherever it is.

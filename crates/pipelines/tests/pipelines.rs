@@ -1,60 +1,15 @@
-//! Every task against what Python answers on tiny models (`fixtures/make.py`, `make_v4.py`, `make_sentences.py`).
+//! Every task against what Python answers on tiny models (`fixtures/make*.py`).
 
-use std::path::{Path, PathBuf};
+mod common;
 
+use common::{cases, difference, files, load, run};
 use futures::executor::block_on;
-use oxiformers_hub::ModelFiles;
 use oxiformers_nn::LoadOptions;
 use oxiformers_pipelines::{AnyPipeline, Task};
 use serde_json::{Value, json};
 
-const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
-
-/// A model with a tokenizer.
-fn files(model: &str, tokenizer: &str) -> ModelFiles {
-    let folders = [format!("models/{model}"), format!("tokenizers/{tokenizer}")];
-    let entries = folders
-        .iter()
-        .flat_map(|folder| std::fs::read_dir(Path::new(FIXTURES).join(folder)).unwrap());
-    let paths = entries.map(|entry| {
-        let path: PathBuf = entry.unwrap().path();
-        (path.file_name().unwrap().to_str().unwrap().to_string(), path)
-    });
-    ModelFiles::from_paths(model, paths)
-}
-
-fn load(task: &str, model: &str, tokenizer: &str) -> AnyPipeline {
-    AnyPipeline::from_files(task, &files(model, tokenizer), &LoadOptions::default()).unwrap()
-}
-
-fn run(pipeline: &AnyPipeline, inputs: &[Value], options: &Value, batch_size: usize) -> Vec<Value> {
-    block_on(pipeline.run(inputs, options, batch_size)).unwrap()
-}
-
-/// Where two answers differ: other keys or another order of them, other texts, or numbers further apart.
-fn difference(ours: &Value, theirs: &Value, tolerance: f64, place: &str) -> Option<String> {
-    match (ours, theirs) {
-        (Value::Number(a), Value::Number(b)) => {
-            let (a, b) = (a.as_f64()?, b.as_f64()?);
-            let near = (a - b).abs() <= tolerance * b.abs().max(1.0);
-            (!near).then(|| format!("{place}: {a} and {b}"))
-        }
-        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            let mut pairs = a.iter().zip(b).enumerate();
-            pairs.find_map(|(i, (a, b))| difference(a, b, tolerance, &format!("{place}[{i}]")))
-        }
-        (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => a
-            .iter()
-            .find_map(|(key, value)| difference(value, &b[key], tolerance, &format!("{place}.{key}"))),
-        (a, b) if a == b => None,
-        (a, b) => Some(format!("{place}: {a} and {b}")),
-    }
-}
-
 fn golden(task: Task) {
-    let path = format!("{FIXTURES}/golden/{task}.json");
-    let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-    let cases = golden["cases"].as_array().unwrap();
+    let cases = cases(task.name());
     assert!(cases.len() > 1);
     let mut wrong = Vec::new();
     for (number, case) in cases.iter().enumerate() {
@@ -103,6 +58,7 @@ golden! {
     text_classification: TextClassification;
     token_classification: TokenClassification;
     question_answering: QuestionAnswering;
+    table_question_answering: TableQuestionAnswering;
     fill_mask: FillMask;
     zero_shot_classification: ZeroShotClassification;
     text_generation: TextGeneration;
@@ -112,65 +68,6 @@ golden! {
     sentence_similarity: SentenceSimilarity;
     embeddings: Embeddings;
     reranking: Reranking;
-}
-
-/// Texts of 0 to 40 words, none like the other.
-fn texts(count: usize) -> Vec<Value> {
-    let words = [
-        "Wolfgang",
-        "lives",
-        "in",
-        "Berlin",
-        "😀",
-        "the",
-        "unbelievable",
-        "café",
-        "fox",
-        "日本語",
-        "and",
-        "!",
-    ];
-    let text = |index: usize| {
-        let word = |place: usize| words[(index * 7 + place * place * 3 + place) % words.len()];
-        (0..index * 13 % 41).map(word).collect::<Vec<_>>().join(" ")
-    };
-    (0..count).map(|index| text(index).into()).collect()
-}
-
-#[test]
-fn a_batch_answers_as_each_alone() {
-    let cases = [
-        (
-            "text-classification",
-            "distilbert-moods",
-            "wordpiece",
-            json!({"top_k": null, "truncation": true}),
-        ),
-        (
-            "token-classification",
-            "roberta-ner",
-            "bytes",
-            json!({"aggregation_strategy": "average", "stride": 16}),
-        ),
-        ("embeddings", "bert", "wordpiece", Value::Null),
-    ];
-    let texts = texts(1000);
-    let backwards: Vec<Value> = texts.iter().rev().cloned().collect();
-    for (task, model, tokenizer, options) in cases {
-        let pipeline = load(task, model, tokenizer);
-        let alone = run(&pipeline, &texts, &options, 1);
-        assert_eq!(alone.len(), 1000);
-        for (inputs, batch_size) in [(&texts, 7), (&texts, 64), (&backwards, 33), (&texts, 2000)] {
-            let mut together = run(&pipeline, inputs, &options, batch_size);
-            if std::ptr::eq(inputs, &backwards) {
-                together.reverse();
-            }
-            for (index, (a, b)) in together.iter().zip(&alone).enumerate() {
-                let place = format!("{task}, text {index}, batch {batch_size}");
-                assert_eq!(difference(a, b, 1e-5, &place), None);
-            }
-        }
-    }
 }
 
 #[test]
@@ -270,6 +167,60 @@ fn what_does_not_fit_is_named() {
         json!({"top_k": 0}),
         "top_k",
     );
+    let of_table = |input, options, message: &str| {
+        fails(
+            "table-question-answering",
+            "tapas",
+            "tapas",
+            json!([input]),
+            options,
+            message,
+        );
+    };
+    let table = json!({"a": ["b", "c"]});
+    of_table(
+        json!({"table": table, "query": ""}),
+        Value::Null,
+        "`query` is empty",
+    );
+    of_table(json!({"table": table, "query": []}), Value::Null, "`query` is");
+    of_table(
+        json!({"table": {"a": []}, "query": "x"}),
+        Value::Null,
+        "`table` is empty",
+    );
+    of_table(json!({"table": [["a"]], "query": "x"}), Value::Null, "a table is");
+    of_table(
+        json!({"table": {"a": ["b"], "c": []}, "query": "x"}),
+        Value::Null,
+        "\"c\"",
+    );
+    of_table(json!({"query": "x"}), Value::Null, "table");
+    of_table(
+        json!({"table": {"a": vec!["b"; 200]}, "query": "x"}),
+        Value::Null,
+        "fewer than 160",
+    );
+    of_table(
+        json!({"table": {"a": vec!["b c d"; 60]}, "query": "x"}),
+        Value::Null,
+        "`truncation`",
+    );
+    of_table(
+        json!({"table": {"a": vec!["b"; 40]}, "query": "x"}),
+        Value::Null,
+        "the row 40 in its table",
+    );
+    of_table(
+        json!({"table": table, "query": "x"}),
+        json!({"truncation": "rows"}),
+        "drop_rows_to_fit",
+    );
+    of_table(
+        json!({"table": table, "query": long}),
+        json!({"truncation": true}),
+        "the question and the header",
+    );
     let fill = |input: &str, options, message: &str| {
         fails(
             "fill-mask",
@@ -349,6 +300,7 @@ fn what_does_not_fit_is_named() {
     refuses("fill-mask", "bert-ner", "wordpiece", "BertForTokenClassification");
     refuses("fill-mask", "bert-mask", "unigram", "mask_token");
     refuses("reranking", "distilbert-moods", "wordpiece", "3 labels");
+    refuses("table-question-answering", "bert", "wordpiece", "bert");
     refuses("summarization", "llama", "chat", "encoder-decoder");
 }
 

@@ -6,6 +6,7 @@ mod fill_mask;
 mod question_answering;
 mod reranking;
 mod sentence_similarity;
+mod table_question_answering;
 mod text2text_generation;
 mod text_classification;
 mod text_generation;
@@ -21,6 +22,9 @@ pub use question_answering::{Answer, Question, QuestionAnswering, QuestionAnswer
 pub use reranking::{Documents, Ranked, Ranking, Reranking, RerankingOptions};
 pub use sentence_similarity::{
     SentenceSimilarity, SentenceSimilarityOptions, Sentences, Similarities, SimilarityFunction,
+};
+pub use table_question_answering::{
+    TableAnswer, TableQuestion, TableQuestionAnswering, TableQuestionAnsweringOptions, TableTruncation,
 };
 pub use text_classification::{
     ClassificationFunction, LabelScore, TextClassification, TextClassificationOptions, TopK,

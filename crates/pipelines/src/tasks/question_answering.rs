@@ -9,7 +9,7 @@ use oxiformers_hub::ModelFiles;
 use oxiformers_models::AutoModelForQuestionAnswering;
 use oxiformers_nn::LoadOptions;
 use oxiformers_processors::tokenizer::{
-    EncodeOptions, Encoding, Side, Truncation, TruncationStrategy, char_range,
+    Characters, EncodeOptions, Encoding, Side, Truncation, TruncationStrategy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -133,12 +133,8 @@ impl Pipeline for QuestionAnswering {
             tokens_of(both, inputs).await
         };
         let logits = self.texts.in_batches(&windows, batch_size, forward).await?;
-        let answer = |(input, windows_of): (&Question, Range<usize>)| {
-            let windows = windows
-                .iter()
-                .zip(&logits)
-                .take(windows_of.end)
-                .skip(windows_of.start);
+        let answer = |(input, of_input): (&Question, Range<usize>)| {
+            let windows = windows[of_input.clone()].iter().zip(&logits[of_input]);
             self.answers(input, windows, options)
         };
         Ok(inputs.iter().zip(of_input).map(answer).collect())
@@ -225,6 +221,7 @@ impl QuestionAnswering {
             true => options.top_k * 2 + 10,
             false => options.top_k,
         };
+        let context = Characters::new(&input.context);
         let mut answers: Vec<Answer> = Vec::new();
         let mut known: HashMap<String, usize> = HashMap::new();
         let mut no_answer = f32::INFINITY;
@@ -233,7 +230,7 @@ impl QuestionAnswering {
             no_answer = no_answer.min(none);
             for span in spans {
                 let (start, end) = self.characters(window, &span, options.align_to_words);
-                let answer = &input.context[char_range(&input.context, (start, end))];
+                let answer = context.part((start, end));
                 match known.get(&answer.to_lowercase()) {
                     Some(index) => answers[*index].score += span.score,
                     None => {

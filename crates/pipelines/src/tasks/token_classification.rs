@@ -6,7 +6,7 @@ use oxiformers_hub::ModelFiles;
 use oxiformers_models::AutoModelForTokenClassification;
 use oxiformers_nn::LoadOptions;
 use oxiformers_processors::tokenizer::{
-    EncodeOptions, Encoding, Sequence, TextInput, Truncation, TruncationStrategy, char_range,
+    Characters, EncodeOptions, Encoding, Sequence, TextInput, Truncation, TruncationStrategy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -188,14 +188,10 @@ impl Pipeline for TokenClassification {
         let forward = async |inputs: &_, _: &_| tokens_of(self.model.forward(inputs)?.logits, inputs).await;
         let logits = self.texts.in_batches(&windows, batch_size, forward).await?;
         let entities = |sentence: &Sentence| {
+            let (text, of_sentence) = (Characters::new(&sentence.text), sentence.windows.clone());
             let mut entities = Vec::new();
-            for (window, logits) in windows
-                .iter()
-                .zip(&logits)
-                .take(sentence.windows.end)
-                .skip(sentence.windows.start)
-            {
-                let pieces = self.pieces(sentence, window, logits, options.aggregation_strategy);
+            for (window, logits) in windows[of_sentence.clone()].iter().zip(&logits[of_sentence]) {
+                let pieces = self.pieces(sentence, &text, window, logits, options.aggregation_strategy);
                 let found = self.aggregate(pieces, options.aggregation_strategy)?;
                 let wanted =
                     |entity: &Entity| !options.ignore_labels.iter().any(|label| label == entity.label());
@@ -280,6 +276,7 @@ impl TokenClassification {
     fn pieces(
         &self,
         sentence: &Sentence,
+        text: &Characters<'_>,
         window: &Encoding,
         logits: &[Vec<f32>],
         strategy: AggregationStrategy,
@@ -302,15 +299,12 @@ impl TokenClassification {
             }
             let id = window.ids[index];
             let word = tokenizer.id_to_token(id).unwrap_or_default();
-            let written = &sentence.text[char_range(&sentence.text, (start, end))];
+            let written = text.part((start, end));
             let unknown = tokenizer.unk_token_id() == Some(id);
             let is_subword = match marked {
                 true => word.chars().count() != written.chars().count(),
                 // Where the text has no space before it.
-                false => {
-                    let around = char_range(&sentence.text, (start.saturating_sub(1), start + 1));
-                    start > 0 && !sentence.text[around].contains(' ')
-                }
+                false => start > 0 && !text.part((start - 1, start + 1)).contains(' '),
             };
             pieces.push(Piece {
                 is_subword: is_subword && !unknown,

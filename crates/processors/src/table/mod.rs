@@ -2,6 +2,7 @@
 //! and for each token its column and row, its rank among the numbers of the column, and how it compares with the
 //! numbers of the question.
 
+mod json;
 mod numbers;
 
 use std::collections::{BTreeMap, HashMap};
@@ -52,13 +53,29 @@ pub struct TableEncoding {
     /// Token ids: `[CLS] question [SEP] table`.
     pub input_ids: Vec<u32>,
     /// Of each token: 1 in the table, else 0; its column, counted from 1; its row, counted from 1, 0 in the header;
-    /// 1 if it was a part of the answer to the question before, which is never the case here; the rank of its
+    /// 1 if it was a part of the [answer to the question before](Self::follow), else 0; the rank of its
     /// cell among the numbers or dates of its column, from 1 up, and from the other end, 0 for other cells; and
     /// 1 for equal + 2 for less + 4 for more, where a number or date of the question compares so with the cell.
     pub token_type_ids: Vec<[u32; 7]>,
+    /// Whether words or rows of the table were left out.
+    pub is_truncated: bool,
 }
 
+/// Which of the types says whether a token was a part of the answer before.
+const PREVIOUS: usize = 3;
+
 impl TableEncoding {
+    /// Makes the question one that follows another, to which these cells were the answer.
+    pub fn follow(&mut self, cells: &[(usize, usize)]) {
+        for types in &mut self.token_type_ids {
+            let [segment, column, row, ..] = *types;
+            let place = (row as usize)
+                .checked_sub(1)
+                .zip((column as usize).checked_sub(1));
+            types[PREVIOUS] = u32::from(segment == 1 && place.is_some_and(|place| cells.contains(&place)));
+        }
+    }
+
     /// The cells, as rows and columns counted from 0, whose tokens have a mean probability above `threshold` (Python
     /// has 0.5). `logits` are those of the tokens, as a model for questions about tables gives them.
     pub fn answer(&self, logits: &[f32], threshold: f64) -> Vec<(usize, usize)> {
@@ -125,6 +142,7 @@ impl Tokenizer {
     ) -> Result<TableEncoding> {
         let limits = Limits::of(self.config());
         let (mut rows, columns) = (table.rows.len(), table.header.len());
+        let all_rows = rows;
         if columns >= limits.columns {
             let message = format!("it has {columns} columns, and fewer than {} fit", limits.columns);
             return Err(Error::Table(message));
@@ -140,6 +158,7 @@ impl Tokenizer {
         let sep = self.sep_token_id().ok_or(Error::NoToken { role: "sep_token" })?;
         let question_ids = self.question(question)?;
         let mut cells = self.cells(table)?;
+        let all_cells = cells.len();
         if let Some(length) = max_length {
             let budget = length.saturating_sub(question_ids.len() + 2);
             let words = fit(&cells, &mut rows, budget, limits.cell);
@@ -166,6 +185,7 @@ impl Tokenizer {
         let of_question = before.iter().map(|_| [0; 7]);
         Ok(TableEncoding {
             token_type_ids: of_question.chain(cells.iter().map(of_cell)).collect(),
+            is_truncated: rows < all_rows || cells.len() < all_cells,
             input_ids,
         })
     }

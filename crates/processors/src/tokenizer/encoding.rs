@@ -247,15 +247,33 @@ impl BatchEncoding {
     }
 }
 
-/// The bytes of `text` that characters `start..end` stand for; what lies behind the end counts as the end.
-pub fn char_range(text: &str, (start, end): (usize, usize)) -> std::ops::Range<usize> {
-    let mut ends = text.char_indices().map(|(at, _)| at).chain([text.len()]);
-    let from = ends.nth(start).unwrap_or(text.len());
-    let to = match end.checked_sub(start) {
-        None | Some(0) => from,
-        Some(more) => ends.nth(more - 1).unwrap_or(text.len()),
-    };
-    from..to
+/// A text whose parts are asked for by characters, as [offsets](Encoding::offsets) count.
+#[derive(Debug, Clone)]
+pub struct Characters<'a> {
+    text: &'a str,
+    /// Where each character begins, in bytes; none where each is one byte.
+    begins: Option<Vec<usize>>,
+}
+
+impl<'a> Characters<'a> {
+    /// The characters of a text.
+    pub fn new(text: &'a str) -> Self {
+        let begins = || text.char_indices().map(|(at, _)| at).collect();
+        Self {
+            text,
+            begins: (!text.is_ascii()).then(begins),
+        }
+    }
+
+    /// The characters `start..end`; what lies behind the end of the text counts as its end.
+    pub fn part(&self, (start, end): (usize, usize)) -> &'a str {
+        let byte = |character: usize| match &self.begins {
+            Some(begins) => begins.get(character).copied(),
+            None => Some(character).filter(|at| *at < self.text.len()),
+        };
+        let [start, end] = [start, end.max(start)].map(|at| byte(at).unwrap_or(self.text.len()));
+        self.text.get(start..end).unwrap_or_default()
+    }
 }
 
 #[cfg(test)]
@@ -265,7 +283,8 @@ mod tests {
     #[test]
     fn characters_are_not_bytes() {
         let text = "aé你😀z";
-        let part = |start, end| &text[char_range(text, (start, end))];
+        let characters = Characters::new(text);
+        let part = |start, end| characters.part((start, end));
         assert_eq!(part(0, 5), text);
         assert_eq!(part(1, 3), "é你");
         assert_eq!(part(3, 4), "😀");

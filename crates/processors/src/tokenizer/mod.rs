@@ -37,8 +37,8 @@ use tokenizers::{Decoder, DecoderWrapper, PostProcessorWrapper};
 
 pub use config::{Side, TokenizerConfig};
 pub use encoding::{
-    BatchEncoding, EncodeOptions, Encoding, Padding, Sequence, TextInput, Truncation, TruncationStrategy,
-    char_range,
+    BatchEncoding, Characters, EncodeOptions, Encoding, Padding, Sequence, TextInput, Truncation,
+    TruncationStrategy,
 };
 use family::Family;
 pub use model::{Model, NoTrainer, Numbered, Pipeline};
