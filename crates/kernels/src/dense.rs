@@ -14,6 +14,26 @@ use crate::activation::{self, Activation};
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads, pieces};
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles;
+
+/// Where there are none.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod tiles {
+    pub const MANY: usize = usize::MAX;
+    pub const ROWS: usize = super::ROWS;
+
+    pub fn available() -> bool {
+        false
+    }
+
+    impl super::Task<'_> {
+        pub unsafe fn by_tiles(&self, _rows: usize, _outputs: std::ops::Range<usize>) -> bool {
+            false
+        }
+    }
+}
+
 /// Rows of weights in a panel.
 const PANEL: usize = 16;
 /// Columns that are multiplied at a time: this much of a few rows of `x` stays in the nearest cache.
@@ -105,6 +125,12 @@ impl DenseMatrix {
         [self.rows, self.cols]
     }
 
+    /// A panel from the column on.
+    fn panel(&self, panel: usize, column: usize) -> *const u8 {
+        let first = (panel * self.cols + column) * PANEL * self.float.bytes();
+        self.data[self.start + first..].as_ptr()
+    }
+
     /// Bytes held in memory.
     pub fn num_bytes(&self) -> usize {
         self.data.len()
@@ -148,9 +174,13 @@ pub type Layer<'a> = (Weight<'a>, Option<&'a [f32]>);
 /// `in_features`.
 pub fn matmul(x: &[f32], in_features: usize, layers: &[Layer], act: Option<Activation>) -> Vec<Vec<f32>> {
     let batch = x.len() / in_features.max(1);
-    let products: Vec<_> = layers.iter().map(|layer| Product::new(*layer, batch)).collect();
+    let by_tiles = uses_tiles(batch);
+    let products: Vec<_> = layers
+        .iter()
+        .map(|layer| Product::new(*layer, batch, by_tiles))
+        .collect();
     // Rows in equal blocks, and so many pairs of panels a task that all threads have some.
-    let blocks = batch.div_ceil(ROWS).max(1);
+    let blocks = batch.div_ceil(rows_of_a_task(by_tiles)).max(1);
     let rows = batch.div_ceil(blocks);
     let pairs: usize = products.iter().map(Product::pairs).sum();
     let work = batch * in_features * pairs * 2 * PANEL;
@@ -198,17 +228,18 @@ pub fn matmul(x: &[f32], in_features: usize, layers: &[Layer], act: Option<Activ
 pub fn feed_forward(x: &[f32], in_features: usize, [first, second]: [Layer; 2], act: Activation) -> Vec<f32> {
     let batch = x.len() / in_features.max(1);
     let [inner, _] = first.0.shape();
-    let blocks = batch.div_ceil(ROWS);
+    let by_tiles = uses_tiles(batch);
+    let blocks = batch.div_ceil(rows_of_a_task(by_tiles));
     // Few rows: all threads on one product, then on the other.
     if blocks < 2 * num_threads() {
         let between = matmul(x, in_features, &[first], Some(act)).concat();
         return matmul(&between, inner, &[second], None).concat();
     }
     let rows = batch.div_ceil(blocks);
-    let out = Product::new(second, batch);
+    let out = Product::new(second, batch, by_tiles);
     for_each(blocks, |block| {
         let rows = block * rows..batch.min((block + 1) * rows);
-        let between = Product::new(first, rows.len());
+        let between = Product::new(first, rows.len(), by_tiles);
         let x = &x[rows.start * in_features..rows.end * in_features];
         Task::all(x, &between, 0, Some(act)).run();
         // SAFETY: the task has written all rows.
@@ -219,17 +250,38 @@ pub fn feed_forward(x: &[f32], in_features: usize, [first, second]: [Layer; 2], 
     unsafe { out.out.done() }
 }
 
+/// Whether rows are multiplied by matrix tiles.
+fn uses_tiles(rows: usize) -> bool {
+    #[cfg(test)]
+    if tests::WITHOUT_TILES.get() {
+        return false;
+    }
+    rows >= tiles::MANY && tiles::available()
+}
+
+/// How many rows of `x` a task takes at most.
+fn rows_of_a_task(by_tiles: bool) -> usize {
+    if by_tiles { tiles::ROWS } else { ROWS }
+}
+
 /// A product whose result several tasks write.
 struct Product<'a> {
     weight: Weight<'a>,
     bias: Option<&'a [f32]>,
     out: Output,
+    /// Whether there are matrix tiles to make it with.
+    by_tiles: bool,
 }
 
 impl<'a> Product<'a> {
-    fn new((weight, bias): Layer<'a>, batch: usize) -> Self {
+    fn new((weight, bias): Layer<'a>, batch: usize, by_tiles: bool) -> Self {
         let out = Output::new(batch * weight.shape()[0]);
-        Self { weight, bias, out }
+        Self {
+            weight,
+            bias,
+            out,
+            by_tiles,
+        }
     }
 
     /// Pairs of panels, the last of which may be half empty.
@@ -274,6 +326,8 @@ impl<'a> Task<'a> {
                 values,
                 outputs: outputs.clone(),
             }),
+            // SAFETY: there are tiles.
+            _ if self.product.by_tiles && unsafe { self.by_tiles(rows, outputs.clone()) } => (),
             _ => self.by_panels(rows, outputs.clone()),
         }
         pulp::Arch::new().dispatch(Finish {
@@ -283,6 +337,7 @@ impl<'a> Task<'a> {
         });
     }
 
+    /// Writes the sums.
     fn by_panels(&self, rows: usize, outputs: Range<usize>) {
         let [out_features, in_features] = self.product.weight.shape();
         let kernels = kernels();
@@ -336,14 +391,13 @@ impl<'a> Task<'a> {
             Weight::Packed(matrix) => {
                 let float = matrix.float;
                 let panel_bytes = matrix.cols * PANEL * float.bytes();
-                let data = &matrix.data[matrix.start + columns.start * PANEL * float.bytes()..];
                 if float == Float::F32 || rows <= FEW {
-                    return (data[panels.start * panel_bytes..].as_ptr(), panel_bytes, float);
+                    return (matrix.panel(panels.start, columns.start), panel_bytes, float);
                 }
                 for (panel, to) in panels.zip(scratch.chunks_exact_mut(stride)) {
-                    let from = &data[panel * panel_bytes..][..columns.len() * PANEL * float.bytes()];
+                    let from = matrix.panel(panel, columns.start);
                     // SAFETY: both have the columns.
-                    unsafe { kernels.widen(float)(from.as_ptr(), to.as_mut_ptr(), columns.len()) };
+                    unsafe { kernels.widen(float)(from, to.as_mut_ptr(), columns.len()) };
                 }
             }
             Weight::Plain(values, [out_features, in_features]) => {
@@ -1039,6 +1093,11 @@ mod portable {
 mod tests {
     use super::*;
 
+    thread_local! {
+        /// Set where a test wants the kernels of processors without tiles.
+        pub(super) static WITHOUT_TILES: Cell<bool> = const { Cell::new(false) };
+    }
+
     fn noise(seed: u64, len: usize) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let mut next = || {
@@ -1118,7 +1177,7 @@ mod tests {
                 |x| half::bf16::from_f32(x).to_bits(),
                 |x| half::bf16::from_bits(x).to_f32(),
             );
-            for batch in [1, 2, 3, 4, 5, 7, 13, 14, 15, 16, 17, 28, 29, 130] {
+            for batch in [1, 2, 3, 4, 5, 7, 13, 14, 15, 16, 17, 28, 29, 48, 130] {
                 for (float, (bytes, w)) in [(Float::F32, &f32s), (Float::F16, &f16s), (Float::Bf16, &bf16s)] {
                     let packed = DenseMatrix::pack(float, rows, cols, bytes, &|_| ());
                     check(Weight::Packed(&packed), w, batch, Some(Activation::Relu));
@@ -1185,5 +1244,117 @@ mod tests {
         let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
         assert!(near(&out[0], &expected(&x, &a, [40, 64], None)));
         assert!(near(&out[1], &expected(&x, &b, [100, 64], None)));
+    }
+
+    /// The products as both kinds of kernels make them: with matrix tiles, if there are any, and without.
+    fn both_ways(x: &[f32], layer: Layer) -> [Vec<f32>; 2] {
+        let [_, in_features] = layer.0.shape();
+        [false, true].map(|without| {
+            WITHOUT_TILES.set(without);
+            let out = matmul(x, in_features, &[layer], None).concat();
+            WITHOUT_TILES.set(false);
+            out
+        })
+    }
+
+    /// How far results are from the exact sums, in units of what f32 rounds off the sum of the products' sizes: the mean
+    /// square's root, and the largest.
+    fn errors(found: &[f32], x: &[f32], w: &[f32], [rows, cols]: [usize; 2]) -> [f64; 2] {
+        let (mut squares, mut largest) = (0.0, 0.0f64);
+        for (index, found) in found.iter().enumerate() {
+            let (x, w) = (&x[index / rows * cols..], &w[index % rows * cols..]);
+            let products = x
+                .iter()
+                .zip(w)
+                .take(cols)
+                .map(|(x, w)| f64::from(*x) * f64::from(*w));
+            let (sum, size) = products.fold((0.0, 1e-300), |(sum, size), p| (sum + p, size + p.abs()));
+            let error = (f64::from(*found) - sum) / size * f64::from(1 << 24);
+            (squares, largest) = (squares + error * error, largest.max(error.abs()));
+        }
+        [(squares / found.len() as f64).sqrt(), largest]
+    }
+
+    /// Sums of parts are no worse than sums of f32: for numbers of one size and of many sizes, of one sign, and for sums
+    /// that nearly cancel.
+    #[test]
+    fn matrix_tiles_are_as_exact_as_vectors() {
+        let of_many_sizes = |seed, len| -> Vec<f32> {
+            let powers = noise(seed + 100, len);
+            let values = noise(seed, len).into_iter().zip(powers);
+            values
+                .map(|(x, power)| x * 2f32.powi((power * 40.0) as i32))
+                .collect()
+        };
+        let of_one_sign = |seed, len| -> Vec<f32> { noise(seed, len).into_iter().map(f32::abs).collect() };
+        // Each value is followed by its opposite, but for the last bits.
+        let cancelling = |seed, len| -> Vec<f32> {
+            let mut values = noise(seed, len);
+            for pair in values.as_chunks_mut::<2>().0 {
+                pair[1] = -pair[0] * (1.0 + pair[1] / f32::from(1u16 << 12));
+            }
+            values
+        };
+        type Make<'a> = &'a dyn Fn(u64, usize) -> Vec<f32>;
+        let kinds: [(&str, Make, Make); 4] = [
+            ("of one size", &noise, &noise),
+            ("of many sizes", &of_many_sizes, &of_many_sizes),
+            ("of one sign", &of_one_sign, &of_one_sign),
+            ("cancelling", &cancelling, &|_, len| vec![0.7; len]),
+        ];
+        for (name, make_x, make_w) in kinds {
+            for [batch, rows, cols] in [[100, 40, 32], [64, 33, 384], [70, 32, 1500]] {
+                let (x, w) = (make_x(1, batch * cols), make_w(2, rows * cols));
+                let [tiles, vectors] = both_ways(&x, (Weight::Plain(&w, [rows, cols]), None))
+                    .map(|out| errors(&out, &x, &w, [rows, cols]));
+                println!("{name}, {cols} columns: {tiles:.3?} with tiles, {vectors:.3?} without");
+                assert!(
+                    tiles[0] <= 1.25 * vectors[0] + 0.25,
+                    "{name}: {tiles:?} {vectors:?}"
+                );
+                assert!(
+                    tiles[1] <= 1.5 * vectors[1] + 1.0,
+                    "{name}: {tiles:?} {vectors:?}"
+                );
+            }
+        }
+    }
+
+    /// Infinities and NaN come out where they do without tiles, and the largest numbers are no infinities; numbers that
+    /// are too small for parts are lost, but nothing else.
+    #[test]
+    fn matrix_tiles_and_unusual_numbers() {
+        let [batch, rows, cols] = [70, 40, 100];
+        let (x, w) = (noise(1, batch * cols), noise(2, rows * cols));
+        let of = |x: &[f32], w: &[f32]| both_ways(x, (Weight::Plain(w, [rows, cols]), None));
+        for bad in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+            for (in_x, in_w) in [
+                (Some(5 * cols + 99), None),
+                (None, Some(39 * cols)),
+                (Some(0), Some(0)),
+            ] {
+                let (mut x, mut w) = (x.clone(), w.clone());
+                in_x.into_iter().for_each(|at| x[at] = bad);
+                in_w.into_iter().for_each(|at| w[at] = bad);
+                let [tiles, vectors] = of(&x, &w);
+                for (index, (a, b)) in tiles.iter().zip(&vectors).enumerate() {
+                    assert!(
+                        a.is_nan() && b.is_nan() || a == b || (a - b).abs() < 1e-4,
+                        "{index}: {a} {b}"
+                    );
+                }
+            }
+        }
+        let mut largest = vec![0.0; batch * cols];
+        let mut one = vec![0.0; rows * cols];
+        largest[cols] = f32::MAX;
+        one[cols] = 1.0;
+        let [tiles, vectors] = of(&largest, &one);
+        assert_eq!(tiles, vectors);
+        assert_eq!(tiles[rows + 1], f32::MAX);
+        let small: Vec<f32> = x.iter().map(|x| x * 1e-38).collect();
+        let [tiles, vectors] = of(&small, &w);
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= cols as f32 * f32::MIN_POSITIVE;
+        assert!(tiles.iter().zip(&vectors).all(near));
     }
 }

@@ -14,6 +14,21 @@ use crate::math;
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads};
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles;
+
+/// Where there are none.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod tiles {
+    pub fn scores(_: &[f32], _: [usize; 3], _: &[f32], _: usize, _: &mut [f32]) -> bool {
+        false
+    }
+
+    pub fn sums(_: &[f32], _: [usize; 3], _: &[f32], _: usize, _: &mut [f32]) -> bool {
+        false
+    }
+}
+
 /// Rows of a tile: pairs of a query and one of the heads of a group.
 const ROWS: usize = 128;
 /// Keys of a block.
@@ -557,6 +572,9 @@ fn many_scores(
     let dim = k.dims[3];
     let (stride, keys) = (k.strides[2] as isize, block.len());
     let k = k.rows(batch, head, block);
+    if tiles::scores(q, [rows, dim, keys], k, stride as usize, scores) {
+        return;
+    }
     assert!(q.len() >= rows * dim && scores.len() >= rows * KEYS);
     // SAFETY: the strides describe the scores [rows, keys], rows KEYS apart, the queries [rows, dim], and the
     // keys [keys, dim], rows `stride` apart, read transposed; `View::rows` has checked that these lie in `k`.
@@ -597,6 +615,9 @@ fn many_sums(
     let dim = v.dims[3];
     let (stride, keys) = (v.strides[2] as isize, block.len());
     let v = v.rows(batch, head, block);
+    if tiles::sums(weights, [rows, keys, dim], v, stride as usize, sums) {
+        return;
+    }
     assert!(weights.len() >= rows * KEYS && sums.len() >= rows * dim);
     // SAFETY: the strides describe the sums [rows, dim], the weights [rows, keys], rows KEYS apart, and the
     // values [keys, dim], rows `stride` apart; `View::rows` has checked that these lie in `v`.

@@ -4,6 +4,8 @@
 //! operator chooses its version itself.
 
 pub mod activation;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 pub mod attention;
 pub mod dense;
 mod flash;
@@ -11,6 +13,7 @@ mod flex;
 pub mod ggml;
 pub mod int8;
 pub mod linear;
+mod lines;
 mod math;
 pub mod norm;
 mod output;
@@ -24,6 +27,6 @@ pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
 pub use linear::{Weight, feed_forward, linear, linears};
 pub use math::{argmax, softmax};
-pub use norm::{add_layer_norm, layer_norm, rms_norm};
+pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use packed::{Form, PackedMatrix, packed_rows};
 pub use rotary::rotary;

@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 
+use crate::output::Output;
 use crate::{flex, math};
 
 /// Root mean square norm (Zhang and Sennrich, 2019): `x / sqrt(mean(x²) + eps) · (weight + offset)` for `x`
@@ -12,6 +13,66 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Option<Tensor<1>>, offset:
         x * (variance + eps).sqrt().recip()
     };
     run(x, None, weight, None, [offset, eps], false, norm)
+}
+
+/// [`rms_norm`] of `x + residual`, two tensors of the same shape, and that sum: what comes before the second half of a
+/// pre-norm layer.
+pub fn add_rms_norm<const D: usize>(
+    x: Tensor<D>,
+    residual: Tensor<D>,
+    weight: Option<Tensor<1>>,
+    offset: f64,
+    eps: f64,
+) -> (Tensor<D>, Tensor<D>) {
+    let dims = x.dims();
+    let separately = |x: Tensor<D>, residual: Tensor<D>, weight| {
+        let sum = x + residual;
+        (rms_norm(sum.clone(), weight, offset, eps), sum)
+    };
+    if dims != residual.dims() {
+        return separately(x, residual, weight);
+    }
+    let weight = weight.map(Tensor::into_dispatch);
+    let both = match weight.as_ref().is_none_or(flex::is_plain) {
+        true => flex::plain([x, residual].map(Tensor::into_dispatch)),
+        false => Err([x, residual].map(Tensor::into_dispatch)),
+    };
+    let (x, residual) = match both {
+        Ok([x, residual]) => (x, flex::contiguous(residual)),
+        Err(both) => {
+            let [x, residual] = both.map(Tensor::from_dispatch);
+            return separately(x, residual, weight.map(Tensor::from_dispatch));
+        }
+    };
+    let weight = weight.map(flex::inner).map(flex::contiguous);
+    let size = dims[D - 1];
+    let normed = Output::new(x.layout().num_elements());
+    let sum = flex::change(x, size, |start, x| {
+        let to = normed.at(start);
+        pulp::Arch::new().dispatch(|| {
+            for (x, residual) in x.iter_mut().zip(&flex::values(&residual)[start..]) {
+                *x += residual;
+            }
+        });
+        // SAFETY: there is room for as many values as `x` has, and nobody else writes those of this chunk.
+        let to = unsafe {
+            to.copy_from_nonoverlapping(x.as_ptr(), x.len());
+            std::slice::from_raw_parts_mut(to, x.len())
+        };
+        pulp::Arch::new().dispatch(Rows {
+            x: to,
+            residual: None,
+            size,
+            weight: weight.as_ref().map(flex::values),
+            bias: None,
+            offset: offset as f32,
+            eps: eps as f32,
+            centered: false,
+        });
+    });
+    // SAFETY: the chunks were all values.
+    let normed = unsafe { normed.done() };
+    (flex::tensor(normed, dims), flex::wrap(sum))
 }
 
 /// Layer norm (Ba et al., 2016): `(x − mean) / sqrt(var + eps) · weight + bias` for `x` `[.., size]`, `weight`
@@ -174,6 +235,23 @@ mod tests {
                         let fast = rms_norm(x.clone(), weight.clone(), offset, 1e-5);
                         let slow = rms_norm(tracked(x.clone()), tracked_weight.clone(), offset, 1e-5);
                         assert!(worst(fast, slow) < 1e-5);
+                        let residual = noise(4, [2, rows, size]);
+                        let (fast, fast_sum) =
+                            add_rms_norm(x.clone(), residual.clone(), weight.clone(), offset, 1e-5);
+                        let (slow, slow_sum) = add_rms_norm(
+                            tracked(x.clone()),
+                            tracked(residual.clone()),
+                            tracked_weight.clone(),
+                            offset,
+                            1e-5,
+                        );
+                        assert!(worst(fast, slow) < 1e-5 && worst(fast_sum, slow_sum) < 1e-6);
+                        let turned = |x: &Tensor<3>| x.clone().swap_dims(0, 1);
+                        let (fast, fast_sum) =
+                            add_rms_norm(turned(&x), turned(&residual), weight.clone(), offset, 1e-5);
+                        let slow = rms_norm(turned(&x) + turned(&residual), weight.clone(), offset, 1e-5);
+                        assert!(worst(fast, slow) < 1e-5);
+                        assert!(worst(fast_sum, turned(&(x.clone() + residual))) < 1e-6);
                     }
                     for bias in [None, Some(bias.clone())] {
                         let fast = layer_norm(x.clone(), weight.clone(), bias.clone(), 1e-5);

@@ -3,13 +3,20 @@
 use super::codes::ShiftKind::{self, Mins, Offset, Zeros};
 use super::codes::{Kind, Shape, WIDE};
 use super::kernel::{self, Few};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::tiles::{Tiled, tiled};
 use super::wide::{self, Wide};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::amx;
 
 /// The kernels of an instruction set for a kind of codes.
 #[derive(Clone, Copy)]
 pub(super) struct Kernels {
     pub few: Few,
     pub wide: Wide,
+    /// Where the processor has matrix tiles.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub tiled: Option<Tiled>,
 }
 
 macro_rules! levels {
@@ -32,6 +39,8 @@ macro_rules! levels {
                     $($(#[$attribute])* Self::$level => Kernels {
                         few: kernel::$module::few::<K>(),
                         wide: wide::$module::wide::<K>(),
+                        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                        tiled: (self == Self::Amx).then(tiled::<K>),
                     },)*
                 }
             }
@@ -45,6 +54,9 @@ use std::arch::is_aarch64_feature_detected as has;
 use std::arch::is_x86_feature_detected as has;
 
 levels! {
+    // With the kernels of AVX-512 for few rows.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx, avx512, has!("avx512f") && has!("avx512bw") && has!("avx512vnni") && amx::available();
     #[cfg(target_arch = "x86_64")]
     Avx512, avx512, has!("avx512f") && has!("avx512bw") && has!("avx512vnni");
     #[cfg(target_arch = "x86_64")]

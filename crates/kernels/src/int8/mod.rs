@@ -21,6 +21,8 @@ mod kernel;
 mod level;
 mod pack;
 mod simd;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles;
 mod wide;
 
 use codes::Plan;
@@ -47,6 +49,9 @@ pub struct Int8Matrix {
     start: usize,
     /// For each row, what its scales are to be multiplied with: a power of two keeps them within the half floats.
     factors: Vec<f32>,
+    /// What each code is multiplied as where activations are floats: the sum of two bf16.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    words: [[u16; 64]; 2],
     /// The column of the activations for each column of a tile, or a number that is none, where that is not the same.
     gather: Option<Vec<u32>>,
 }
@@ -95,6 +100,8 @@ impl Int8Matrix {
             rows,
             cols,
             kernels,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            words: plan.words(),
             plan,
             data,
             start,
@@ -435,12 +442,11 @@ pub fn matmul(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> 
     let cols = weights.first().map_or(0, |weight| weight.plan.blocks * BLOCK);
     let tiles = Tiles::new(weights, rows);
     // All matrices have kernels of the same instruction set.
-    if let Some(Kernels { few, wide }) = weights.first().map(|weight| weight.kernels) {
-        if rows < MANY {
-            few_rows(&Activations::quantize(x, cols, few), &tiles);
-        } else {
-            many_rows(&ManyActivations::quantize(x, cols, wide), &tiles);
-        }
+    match weights.first().map(|weight| weight.kernels) {
+        Some(kernels) if by_matrix_tiles(x, cols, kernels, &tiles) => (),
+        Some(Kernels { few, .. }) if rows < MANY => few_rows(&Activations::quantize(x, cols, few), &tiles),
+        Some(Kernels { wide, .. }) => many_rows(&ManyActivations::quantize(x, cols, wide), &tiles),
+        None => (),
     }
     // SAFETY: the kernels have multiplied all tiles with all rows.
     tiles
@@ -540,6 +546,53 @@ fn many_rows(x: &ManyActivations, tiles: &Tiles) {
     });
 }
 
+/// Multiplies if there are matrix tiles, and rows enough for them.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn by_matrix_tiles(x: &[f32], cols: usize, kernels: Kernels, tiles: &Tiles) -> bool {
+    use crate::amx::Shapes;
+    use tiles::TiledActivations;
+
+    if kernels.tiled.is_none() || x.len() < tiles::MANY * cols || cols == 0 {
+        return false;
+    }
+    let x = TiledActivations::split(x, cols);
+    let (count, size) = pieces(tiles.count, 1);
+    let most = (BLOCK_BYTES / x.block_bytes()).clamp(1, x.row_blocks());
+    let blocks = x.row_blocks().div_ceil(most);
+    let most = x.row_blocks().div_ceil(blocks);
+    for_each(blocks * count, |task| {
+        let (block, piece) = (task / count, task % count);
+        let rows = block * most..x.row_blocks().min((block + 1) * most);
+        let mut unpacked = UNPACKED.take();
+        let mut own: Option<(&Shapes, crate::amx::Tiles)> = None;
+        for tile in piece * size..tiles.count.min((piece + 1) * size) {
+            let Some(tile) = tiles.get(tile) else { continue };
+            let Some(tiled) = tile.weight.kernels.tiled else {
+                continue;
+            };
+            // SAFETY: kernels of this kind were chosen where there are matrix tiles, and the thread has those of other
+            // shapes no more; the rest as for few rows.
+            unsafe {
+                if own
+                    .as_ref()
+                    .is_none_or(|(shapes, _)| !std::ptr::eq(*shapes, tiled.shapes))
+                {
+                    drop(own.take());
+                    own = Some((tiled.shapes, crate::amx::Tiles::new(tiled.shapes)));
+                }
+                (tiled.multiply)(&tile, &x, rows.start, rows.len(), &mut unpacked);
+            }
+        }
+        UNPACKED.set(unpacked);
+    });
+    true
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn by_matrix_tiles(_: &[f32], _: usize, _: Kernels, _: &Tiles) -> bool {
+    false
+}
+
 /// A pointer that tasks may share because they touch different elements.
 #[derive(Clone, Copy)]
 struct Shared<T>(*mut T);
@@ -604,6 +657,17 @@ mod tests {
         bytes
     }
 
+    /// Whether activations are multiplied as they are, and not as codes.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn takes_values(level: Level, batch: usize) -> bool {
+        level == Level::Amx && batch >= tiles::MANY
+    }
+
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    fn takes_values(_: Level, _: usize) -> bool {
+        false
+    }
+
     /// Every format, all instruction sets, whole and cut tiles, all numbers of activations that kernels treat
     /// apart: the product of what was quantized is exact but for the rounding of f32.
     #[test]
@@ -618,7 +682,7 @@ mod tests {
                 let matrices: Vec<_> = Level::here()
                     .map(|level| (level, Int8Matrix::at(level, &codes)))
                     .collect();
-                for batch in (1..20).chain([24, 29]) {
+                for batch in (1..20).chain([24, 29, 49]) {
                     let x: Vec<f32> = noise(7)
                         .map(|n| (n >> 8) as f32 / 8e6 - 1.0)
                         .take(batch * cols)
@@ -632,20 +696,31 @@ mod tests {
                         let error = f64::from(*x) - code(index);
                         assert!(error.abs() <= 0.501 * f64::from(quantized[index / BLOCK].1));
                     }
-                    let expected: Vec<_> = (0..batch * rows)
-                        .map(|index| {
+                    let expected = |value: &dyn Fn(usize) -> f64| -> Vec<(f64, f64)> {
+                        let all = 0..batch * rows;
+                        all.map(|index| {
                             let (r, o) = (index / rows, index % rows);
                             let products =
-                                (0..cols).map(|k| code(r * cols + k) * f64::from(weights[o * cols + k]));
+                                (0..cols).map(|k| value(r * cols + k) * f64::from(weights[o * cols + k]));
                             products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()))
                         })
-                        .collect();
+                        .collect()
+                    };
+                    let [of_codes, of_values] =
+                        [&code as &dyn Fn(usize) -> f64, &|at| f64::from(x[at])].map(expected);
                     for (level, matrix) in &matrices {
                         let outs = matmul(&x, cols, &[matrix, matrix]);
                         assert_eq!(outs[0], outs[1]);
-                        for (index, (ours, (sum, size))) in outs[0].iter().zip(&expected).enumerate() {
+                        // Matrix tiles take activations as two bf16.
+                        let by_tiles = takes_values(*level, batch);
+                        let expected = if by_tiles { &of_values } else { &of_codes };
+                        for (index, (ours, (sum, size))) in outs[0].iter().zip(expected).enumerate() {
                             // K-quants' scales are products that a half float rounds.
-                            let limit = if ty.block_size() == 256 { 3e-4 } else { 1e-6 };
+                            let limit = match ty.block_size() {
+                                256 => 3e-4,
+                                _ if by_tiles => 1e-5,
+                                _ => 1e-6,
+                            };
                             assert!(
                                 (f64::from(*ours) - sum).abs() <= limit * size + 1e-30,
                                 "{} {level:?}, {rows} rows, batch {batch}, {index}: {ours} instead of {sum}",
@@ -793,7 +868,7 @@ mod tests {
                     let matrices: Vec<_> = Level::here()
                         .map(|level| (level, Int8Matrix::at(level, &codes)))
                         .collect();
-                    for batch in [1, 2, 7, 8, 26] {
+                    for batch in [1, 2, 7, 8, 26, 34] {
                         let x: Vec<f32> = noise(7)
                             .map(|n| (n >> 8) as f32 / 8e6 - 1.0)
                             .take(batch * cols)

@@ -7,6 +7,7 @@ use super::codes::{Shape, ShiftKind, WIDE};
 use super::kernel::step;
 use super::simd::{Simd, Split};
 use super::{BLOCK, Quantized, TILE, Tile};
+use crate::lines::{Line, make_room};
 
 /// Rows of activations from which on unpacking pays.
 pub(super) const MANY: usize = 24;
@@ -21,20 +22,15 @@ pub(super) struct Wide {
     pub multiply: &'static [Multiply],
 }
 
-/// Sixteen lanes of four bytes, aligned as vectors like it.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-pub(super) struct Line(#[allow(dead_code)] [u8; 64]);
-
 /// A tile with its codes widened.
 #[derive(Default)]
 pub(super) struct Unpacked {
     /// For each four columns, those of all rows as [`Simd::unpack`] writes them. Where codes have a high and a low
     /// part, block for block all high ones and then all low ones.
-    codes: Vec<Line>,
+    pub codes: Vec<Line>,
     /// For each group of columns within a block, the f32 of all rows; for each part of the codes.
-    scales: Vec<Line>,
-    mins: Vec<Line>,
+    pub scales: Vec<Line>,
+    pub mins: Vec<Line>,
 }
 
 /// Widens a tile.
@@ -126,7 +122,6 @@ unsafe fn unpack<S: Simd, K: Shape>(tile: &Tile, to: &mut Unpacked) {
     } else {
         0
     };
-    let make_room = |lines: &mut Vec<Line>, len| lines.resize(len, Line([0; 64]));
     make_room(&mut to.codes, blocks * parts * lines);
     make_room(&mut to.scales, blocks * parts * K::GROUPS);
     make_room(&mut to.mins, if has_mins::<K>() { blocks * K::GROUPS } else { 0 });
