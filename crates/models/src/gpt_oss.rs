@@ -271,12 +271,12 @@ pub struct Layer {
 
 impl DecoderLayer for Layer {
     fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
-        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), cx);
+        let attended = self
+            .self_attn
+            .forward(self.input_layernorm.forward(x.clone()), cx);
+        let (normed, x) = self.post_attention_layernorm.forward_sum(attended, x);
         let [batch, seq, hidden] = x.dims();
-        let normed = self
-            .post_attention_layernorm
-            .forward(x.clone())
-            .reshape([batch * seq, hidden]);
+        let normed = normed.reshape([batch * seq, hidden]);
         let logits = self.router.forward(normed.clone());
         let experts = logits.dims()[1];
         let (best, indices) = top_k(logits, self.top_k);

@@ -113,8 +113,11 @@ impl Layer {
 
 impl DecoderLayer for Layer {
     fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
-        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), cx);
-        x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x))
+        let attended = self
+            .self_attn
+            .forward(self.input_layernorm.forward(x.clone()), cx);
+        let (normed, x) = self.post_attention_layernorm.forward_sum(attended, x);
+        x + self.mlp.forward(normed)
     }
 }
 

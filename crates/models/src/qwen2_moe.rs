@@ -191,8 +191,10 @@ impl Layer {
 
 impl DecoderLayer for Layer {
     fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
-        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), cx);
-        let normed = self.post_attention_layernorm.forward(x.clone());
+        let attended = self
+            .self_attn
+            .forward(self.input_layernorm.forward(x.clone()), cx);
+        let (normed, x) = self.post_attention_layernorm.forward_sum(attended, x);
         x + match &self.mlp {
             FeedForward::Dense(mlp) => mlp.forward(normed),
             FeedForward::Sparse(moe) => moe.forward(normed),

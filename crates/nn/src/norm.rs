@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use oxiformers_kernels::{add_layer_norm, layer_norm, rms_norm};
+use oxiformers_kernels::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 
 use crate::{Init, Result, Weights};
 
@@ -46,6 +46,12 @@ impl RmsNorm {
     /// `[.., size]` to the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         rms_norm(x, self.weight.as_ref().map(Param::val), self.offset, self.eps)
+    }
+
+    /// The norm of `x + residual`, both `[.., size]`, and that sum.
+    pub fn forward_sum<const D: usize>(&self, x: Tensor<D>, residual: Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+        let weight = self.weight.as_ref().map(Param::val);
+        add_rms_norm(x, residual, weight, self.offset, self.eps)
     }
 }
 
