@@ -6,13 +6,17 @@
 //! costs the task it is at, not the whole section; where that happens, the caller works alone for a while.
 
 #[cfg(not(target_arch = "wasm32"))]
-pub use native::{for_each, num_threads, set_num_threads};
+pub use native::{for_each, in_background, num_threads, set_num_threads};
 
 /// Calls `task` with `0..tasks`.
 #[cfg(target_arch = "wasm32")]
 pub fn for_each(tasks: usize, task: impl Fn(usize) + Sync) {
     (0..tasks).for_each(task);
 }
+
+/// Runs what may as well be left undone on a thread of its own, where there are threads.
+#[cfg(target_arch = "wasm32")]
+pub fn in_background(_work: impl FnOnce() + Send + 'static) {}
 
 /// Threads that work on a parallel section.
 #[cfg(target_arch = "wasm32")]
@@ -128,6 +132,12 @@ mod native {
             Some(_turn) => pool.run(tasks, &task),
             None => (0..tasks).for_each(task),
         }
+    }
+
+    /// Runs what may as well be left undone on a thread of its own, where there are threads.
+    pub fn in_background(work: impl FnOnce() + Send + 'static) {
+        // Without the thread it is left undone.
+        let _ = thread::Builder::new().name("in advance".into()).spawn(work);
     }
 
     fn pool() -> &'static Pool {

@@ -173,6 +173,7 @@ pub(crate) fn build<M>(
     let ignored = config.architecture.ignored();
     weights.ignore(|name| ignored.iter().any(|suffix| name.ends_with(suffix)));
     weights.finish().map_err(Error::of(model))?;
+    weights.prepare();
     Ok(built)
 }
 

@@ -105,6 +105,7 @@ impl<L: DecoderLayer> Decoder<L> {
             // Some checkpoints store the shared weight twice.
             w.ignore(|name| name == format!("{}.weight", config.lm_head));
             let mut head = embed_tokens.tied_output();
+            w.will_multiply(&head.weight);
             if config.lm_head_bias {
                 head.bias = Some(w.pp(&config.lm_head).param(
                     "bias",

@@ -81,6 +81,11 @@ impl Matrix {
         }
     }
 
+    /// The matrix in its storage format, if it is held so.
+    pub(crate) fn as_packed(&self) -> Option<&Arc<dyn PackedMatrix>> {
+        self.packed.as_ref()
+    }
+
     /// What a product with `x` reads.
     fn weight<const D: usize>(&self, x: &Tensor<D>) -> Weight {
         if let Some(Observed { name, observer }) = &self.observed {
@@ -124,6 +129,7 @@ impl Linear {
     /// Loads `weight` `[out_features, in_features]`, and `bias` where there is one.
     pub fn load(w: &Weights, in_features: usize, out_features: usize, bias: bool) -> Result<Self> {
         let weight = w.matrix("weight", [out_features, in_features])?;
+        w.will_multiply(&weight);
         let bias = if bias {
             Some(w.param("bias", [out_features], Init::Zeros)?)
         } else {
@@ -136,6 +142,7 @@ impl Linear {
     /// `Conv1D` layers of GPT-2 do.
     pub fn load_conv1d(w: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
         let weight = w.matrix_transposed("weight", [out_features, in_features])?;
+        w.will_multiply(&weight);
         let bias = Some(w.param("bias", [out_features], Init::Zeros)?);
         Ok(Self { weight, bias })
     }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Distribution, FloatDType, Shape, Tensor, TensorData};
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
-use oxiformers_kernels::ggml;
+use oxiformers_kernels::{PackedMatrix, ggml, threads};
 
 use crate::linear::{Matrix, Observer};
 use crate::{Error, Result};
@@ -98,6 +98,8 @@ struct Shared {
     base_prefix: String,
     used: Mutex<BTreeSet<String>>,
     params: Mutex<Vec<(ParamId, String)>>,
+    /// What is sure to be multiplied with, in the order of loading.
+    products: Mutex<Vec<Weak<dyn PackedMatrix>>>,
 }
 
 impl Weights {
@@ -131,6 +133,7 @@ impl Weights {
                 base_prefix,
                 used: Mutex::default(),
                 params: Mutex::default(),
+                products: Mutex::default(),
             }),
             prefix: String::new(),
         }
@@ -191,6 +194,28 @@ impl Weights {
             None => self.fresh(shape, init),
         };
         Ok(self.register(full, tensor))
+    }
+
+    /// Takes note that the matrix is no mere table: there will be products with it.
+    pub(crate) fn will_multiply(&self, matrix: &Matrix) {
+        lock(&self.shared.products).extend(matrix.as_packed().map(Arc::downgrade));
+    }
+
+    /// Regroups the packed matrices of linear layers for products, in the background where there are threads: what else
+    /// there is to do before the first product takes its time, too. A product does not wait for others' matrices.
+    pub fn prepare(&self) {
+        let products = std::mem::take(&mut *lock(&self.shared.products));
+        if products.is_empty() {
+            return;
+        }
+        threads::in_background(move || {
+            for matrix in products {
+                // The model may be gone.
+                if let Some(matrix) = matrix.upgrade() {
+                    matrix.form();
+                }
+            }
+        });
     }
 
     /// A matrix `[out_features, in_features]`, kept packed where the device can multiply with it so.

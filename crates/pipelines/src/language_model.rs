@@ -29,12 +29,14 @@ impl LanguageModel {
     /// # Errors
     /// Whatever does not fit is named: the file, the field, the tensor.
     pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        // First: its weights are made ready while the tokenizer comes into being.
+        let model = AutoModelForCausalLM::from_files(files, options)?;
         let tokenizer = Tokenizer::from_files(files)?;
         Ok(Self {
             name: files.name().to_string(),
+            model,
             chat_template: ChatTemplate::from_files(files, &tokenizer)?,
             generation_config: generation_config(files, &tokenizer)?,
-            model: AutoModelForCausalLM::from_files(files, options)?,
             tokenizer,
         })
     }
