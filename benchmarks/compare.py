@@ -190,6 +190,7 @@ def main():
             results.setdefault((label, ("start", 1, 1, 1)), {}).setdefault(name, []).append(seconds)
             results.setdefault((label, ("memory", 1, 1, 1)), {}).setdefault(name, []).append(memory / 1e6)
 
+    products = max(limits["int8"], limits["tiles_int8"])
     sizes = {label: programs["ours"].stat().st_size for label, _, programs in files}
     inspect = json.loads(subprocess.check_output([OURS, "inspect", str(source), "--json"]))
     rows = []
@@ -203,11 +204,12 @@ def main():
         if what == "decode":
             # Every step reads the file once.
             limit = limits["memory"] * 1e9 / sizes[label] * batch
-        elif what == "prefill" and limits["int8"]:
-            limit = limits["int8"] * 1e9 / (2 * inspect["parameters"])
+        elif what == "prefill" and products:
+            limit = products * 1e9 / (2 * inspect["parameters"])
         rows.append({"what": f"{label} {title}", "unit": unit, "limit": limit, **row})
 
-    print(f"\nmemory {limits['memory']:.1f} GB/s, f32 {limits['f32']:.0f} GFLOP/s, int8 {limits['int8']:.0f} GOP/s; "
+    print(f"\nmemory {limits['memory']:.1f} GB/s, f32 {limits['f32']:.0f} GFLOP/s, int8 {limits['int8']:.0f} GOP/s, "
+          f"tiles of bf16 {limits['tiles_bf16']:.0f} GFLOP/s, of int8 {limits['tiles_int8']:.0f} GOP/s; "
           f"{args.threads} threads, median of {rounds} rounds")
     if not quiet:
         print(f"**THE MACHINE WAS NOT QUIET (load {load:.2f}): these figures are worth little.**")

@@ -1,5 +1,6 @@
 //! Prints, as JSON, what the processor can do at most with one thread and with all: reading memory (GB/s),
-//! multiplying and adding f32 (GFLOP/s) and int8 (GOP/s). `hardware [THREADS]`.
+//! multiplying and adding f32 (GFLOP/s) and int8 (GOP/s), and the same of matrix tiles (AMX) with bf16 and int8; 0 for
+//! what it cannot do. `hardware [THREADS]`.
 
 use std::sync::Barrier;
 use std::time::Instant;
@@ -12,6 +13,8 @@ fn main() {
         parts.push(format!("\"memory{suffix}\": {:.2}", memory(threads)));
         parts.push(format!("\"f32{suffix}\": {:.1}", arithmetic(threads, f32_work)));
         parts.push(format!("\"int8{suffix}\": {:.1}", arithmetic(threads, int8_work)));
+        parts.push(format!("\"tiles_bf16{suffix}\": {:.1}", arithmetic(threads, bf16_tiles)));
+        parts.push(format!("\"tiles_int8{suffix}\": {:.1}", arithmetic(threads, int8_tiles)));
     }
     println!("{{{}, \"threads\": {threads}}}", parts.join(", "));
 }
@@ -133,6 +136,79 @@ fn int8_work(rounds: usize) -> f64 {
     } else {
         0.0
     }
+}
+
+/// Gives the process matrix tiles of 16 rows of 64 bytes, this thread for good; false where there are none.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tiles() -> bool {
+    use std::arch::asm;
+
+    const TILES: u32 = 1 << 24 | 1 << 25 | 1 << 22;
+    if std::arch::x86_64::__cpuid_count(7, 0).edx & TILES != TILES {
+        return false;
+    }
+    #[repr(align(64))]
+    struct Shapes([u8; 64]);
+    let mut shapes = Shapes([0; 64]);
+    shapes.0[0] = 1;
+    for tile in 0..8 {
+        shapes.0[16 + 2 * tile] = 64;
+        shapes.0[48 + tile] = 16;
+    }
+    let result: isize;
+    // SAFETY: the system call (arch_prctl) asks for the permission and touches no memory; then there are tiles, and the
+    // shapes are as the processor wants them.
+    unsafe {
+        asm!("syscall", inlateout("rax") 158isize => result, in("rdi") 0x1023, in("rsi") 18, out("rcx") _,
+            out("r11") _, options(nostack));
+        if result == 0 {
+            asm!("ldtilecfg [{shapes}]", "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                shapes = in(reg) &shapes, options(nostack));
+        }
+    }
+    result == 0
+}
+
+/// Four products that do not wait for each other, again and again.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+macro_rules! tile_work {
+    ($name:ident, $instruction:literal, $values:literal) => {
+        fn $name(rounds: usize) -> f64 {
+            if !tiles() {
+                return 0.0;
+            }
+            // What is timed takes about as long as with vectors.
+            let rounds = rounds / 8;
+            for _ in 0..rounds {
+                // SAFETY: this thread has tiles, and nothing else uses them.
+                unsafe {
+                    std::arch::asm!(
+                        concat!($instruction, " tmm0, tmm4, tmm6"),
+                        concat!($instruction, " tmm1, tmm4, tmm7"),
+                        concat!($instruction, " tmm2, tmm5, tmm6"),
+                        concat!($instruction, " tmm3, tmm5, tmm7"),
+                        options(nostack, nomem, preserves_flags)
+                    );
+                }
+            }
+            (rounds * 4 * 16 * 16 * $values * 2) as f64
+        }
+    };
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+tile_work!(bf16_tiles, "tdpbf16ps", 32);
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+tile_work!(int8_tiles, "tdpbssd", 64);
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn bf16_tiles(_rounds: usize) -> f64 {
+    0.0
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn int8_tiles(_rounds: usize) -> f64 {
+    0.0
 }
 
 #[cfg(not(target_arch = "x86_64"))]
