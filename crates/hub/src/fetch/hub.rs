@@ -1,10 +1,11 @@
-//! The Hugging Face Hub and its cache: `models--ORG--NAME/{blobs,snapshots,refs}`, shared with Python.
+//! The Hugging Face Hub and its cache: `models--ORG--NAME/{blobs,snapshots,refs}` (`datasets--…` for data
+//! sets), shared with Python.
 
 use std::path::{Path, PathBuf};
 
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use hf_hub::repository::{ModelInfo, RepoTreeEntry};
-use hf_hub::{HFClient, HFError, split_id};
+use hf_hub::repository::RepoTreeEntry;
+use hf_hub::{HFClient, HFError, RepoType, RepoTypeAny, split_id};
 use reqwest::header::ETAG;
 use url::Url;
 
@@ -20,9 +21,26 @@ const MAX_ENTRIES: usize = 100_000;
 /// A repository at a revision, and perhaps one file of it.
 pub(crate) struct Repo<'a> {
     pub id: &'a str,
+    pub kind: RepoKind,
     pub revision: &'a str,
     pub file: Option<&'a str>,
     pub options: &'a FetchOptions,
+}
+
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RepoKind {
+    Model,
+    Dataset,
+}
+
+impl RepoKind {
+    fn any(self) -> RepoTypeAny {
+        match self {
+            Self::Model => RepoTypeAny::Model,
+            Self::Dataset => RepoTypeAny::Dataset,
+        }
+    }
 }
 
 /// A file of the repository, as the Hub lists it.
@@ -110,15 +128,79 @@ impl Repo<'_> {
         fetch(&selection.small)?;
         let weights = self.weights(&selection, &snapshot, &names)?;
         fetch(&weights)?;
-        if self.revision != commit {
-            let path = self.folder().join("refs").join(self.revision);
-            if std::fs::read_to_string(&path).is_ok_and(|known| known.trim() == commit) {
-                tracing::debug!(repo = self.id, commit, "the cache has the newest revision");
-            } else {
-                download::write_whole(&path, commit.as_bytes())?;
-            }
-        }
+        self.remember(&commit)?;
         Ok(self.files(&snapshot, selection.small.into_iter().chain(weights)))
+    }
+
+    /// The files of a data set that `wanted` names: of the newest revision where the Hub can be reached, else those in
+    /// the cache.
+    pub(crate) fn resolve_some(&self, wanted: &dyn Fn(&str) -> bool) -> Result<ModelFiles> {
+        let fetched = match self.options.offline {
+            true => Err(Error::Offline {
+                what: self.to_string(),
+                hint: String::new(),
+            }),
+            false => self.fetch_some(wanted),
+        };
+        let error = match fetched {
+            Err(error) if self.options.offline || is_outage(&error) => error,
+            other => return other,
+        };
+        // Which files the data set has is known to the Hub alone: all that fit and were fetched before are taken.
+        let commit = match is_commit(self.revision) {
+            true => self.revision.to_owned(),
+            false => {
+                std::fs::read_to_string(self.folder().join("refs").join(self.revision)).unwrap_or_default()
+            }
+        };
+        let snapshot = self.snapshot(commit.trim());
+        if !is_commit(commit.trim()) || !snapshot.is_dir() {
+            return Err(error);
+        }
+        let cached = ModelFiles::from_dir(&snapshot)?;
+        let names: Vec<String> = cached
+            .names()
+            .filter(|name| wanted(name))
+            .map(str::to_owned)
+            .collect();
+        if names.is_empty() {
+            return Err(error);
+        }
+        let notice = format!("{error}: taking {self} from the cache");
+        self.options.progress.event(Event::Notice(&notice));
+        Ok(self.files(&snapshot, names.into_iter()))
+    }
+
+    fn fetch_some(&self, wanted: &dyn Fn(&str) -> bool) -> Result<ModelFiles> {
+        let hub = Hub::new(self, http::parse(&self.options.endpoint, "HF_ENDPOINT")?)?;
+        let commit = hub.commit()?;
+        let mut listed = hub.list(&commit)?;
+        listed.sort_by(|one, other| one.name.cmp(&other.name));
+        let all: Vec<String> = listed.iter().map(|file| file.name.clone()).collect();
+        listed.retain(|file| wanted(&file.name));
+        if listed.is_empty() {
+            let hint = format!("it has {}", names::listed(&all));
+            return Err(Error::not_found("a file that fits", self.to_string(), hint));
+        }
+        let snapshot = self.snapshot(&commit);
+        listed
+            .iter()
+            .try_for_each(|file| hub.fetch(file, &commit, &snapshot))?;
+        self.remember(&commit)?;
+        Ok(self.files(&snapshot, listed.into_iter().map(|file| file.name)))
+    }
+
+    /// Notes which commit the revision stands for.
+    fn remember(&self, commit: &str) -> Result<()> {
+        if self.revision == commit {
+            return Ok(());
+        }
+        let path = self.folder().join("refs").join(self.revision);
+        if std::fs::read_to_string(&path).is_ok_and(|known| known.trim() == commit) {
+            tracing::debug!(repo = self.id, commit, "the cache has the newest revision");
+            return Ok(());
+        }
+        download::write_whole(&path, commit.as_bytes())
     }
 
     /// The weight files of a selection, by the index in the snapshot where there is one.
@@ -141,9 +223,11 @@ impl Repo<'_> {
     }
 
     fn folder(&self) -> PathBuf {
-        self.options
-            .hub_cache
-            .join(format!("models--{}", self.id.replace('/', "--")))
+        self.options.hub_cache.join(format!(
+            "{}--{}",
+            self.kind.any().plural(),
+            self.id.replace('/', "--")
+        ))
     }
 
     fn snapshot(&self, commit: &str) -> PathBuf {
@@ -212,15 +296,31 @@ impl<'a> Hub<'a> {
         let (owner, name) = split_id(self.repo.id);
         // Resolving, connecting and a first answer: a little more than connecting alone.
         let patience = self.repo.options.connect_timeout.mul_f32(1.25);
-        let info: ModelInfo = http::block_on(async || {
-            let model = self.first.model(owner, name);
-            let info = model.info().revision(self.repo.revision).send();
+        let sha = http::block_on(async || {
+            let revision = self.repo.revision;
+            let info = async {
+                match self.repo.kind {
+                    RepoKind::Model => {
+                        let model = self.first.model(owner, name);
+                        model.info().revision(revision).send().await.map(|info| info.sha)
+                    }
+                    RepoKind::Dataset => {
+                        let dataset = self.first.dataset(owner, name);
+                        dataset
+                            .info()
+                            .revision(revision)
+                            .send()
+                            .await
+                            .map(|info| info.sha)
+                    }
+                }
+            };
             match tokio::time::timeout(patience, info).await {
-                Ok(info) => info.map_err(|error| self.translate(&error)),
+                Ok(sha) => sha.map_err(|error| self.translate(&error)),
                 Err(_) => Err(http::silent(&self.endpoint)),
             }
         })?;
-        match info.sha {
+        match sha {
             Some(sha) if is_commit(&sha) => Ok(sha),
             sha => Err(Error::format(
                 self.repo.id,
@@ -232,8 +332,8 @@ impl<'a> Hub<'a> {
     fn list(&self, commit: &str) -> Result<Vec<Listed>> {
         let (owner, name) = split_id(self.repo.id);
         let entries: Vec<RepoTreeEntry> = http::block_on(async || {
-            let model = self.client.model(owner, name);
-            let tree = model
+            let repository = self.client.repository(self.repo.kind.any(), owner, name);
+            let tree = repository
                 .list_tree()
                 .revision(commit)
                 .recursive(true)
@@ -321,14 +421,32 @@ impl<'a> Hub<'a> {
             return http::get(&self.plain, address, self.token.as_deref(), offset, &shown).await;
         }
         let (owner, name) = split_id(self.repo.id);
-        let model = self.first.model(owner, name);
-        let request = model.download_file_stream().filename(&file.name).revision(commit);
         let range = (offset > 0).then_some(offset..file.size);
-        let (_, stream) = request
-            .maybe_range(range)
-            .send()
-            .await
-            .map_err(|error| self.translate(&error))?;
+        // The one type for both kinds asks in the wrong place (hf-hub 1.0).
+        let stream = match self.repo.kind {
+            RepoKind::Model => {
+                let model = self.first.model(owner, name);
+                let request = model.download_file_stream().filename(&file.name).revision(commit);
+                request
+                    .maybe_range(range)
+                    .send()
+                    .await
+                    .map(|(_, stream)| stream.boxed())
+            }
+            RepoKind::Dataset => {
+                let dataset = self.first.dataset(owner, name);
+                let request = dataset
+                    .download_file_stream()
+                    .filename(&file.name)
+                    .revision(commit);
+                request
+                    .maybe_range(range)
+                    .send()
+                    .await
+                    .map(|(_, stream)| stream.boxed())
+            }
+        };
+        let stream = stream.map_err(|error| self.translate(&error))?;
         let (endpoint, id) = (self.endpoint.clone(), self.repo.id.to_owned());
         let stream = stream.map(move |chunk| chunk.map_err(|error| translate(&error, &endpoint, &id)));
         Ok(Body {
@@ -376,15 +494,11 @@ impl<'a> Hub<'a> {
         })
     }
 
-    /// `ENDPOINT/REPO/resolve/COMMIT/FILE`, each part escaped.
+    /// `ENDPOINT/[datasets/]REPO/resolve/COMMIT/FILE`, each part escaped.
     fn address(&self, commit: &str, name: &str) -> Result<Url> {
         let mut url = self.endpoint.clone();
-        let parts = self
-            .repo
-            .id
-            .split('/')
-            .chain(["resolve", commit])
-            .chain(name.split('/'));
+        let id = format!("{}{}", self.repo.kind.any().url_prefix(), self.repo.id);
+        let parts = id.split('/').chain(["resolve", commit]).chain(name.split('/'));
         match url.path_segments_mut() {
             Ok(mut path) => {
                 path.pop_if_empty().extend(parts);

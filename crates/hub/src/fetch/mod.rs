@@ -17,4 +17,4 @@ pub use options::FetchOptions;
 pub use progress::{Bars, Event, Progress, Silent};
 #[cfg(fuzzing)]
 pub use pypi::read_index_page;
-pub use source::{Source, resolve};
+pub use source::{Source, fetch_dataset, resolve};

@@ -2,7 +2,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use super::hub::{MAIN, Repo};
+use super::hub::{MAIN, Repo, RepoKind};
 use super::names;
 use super::pypi::Package;
 use crate::{Error, FetchOptions, ModelFiles, Result};
@@ -171,6 +171,7 @@ pub fn resolve(source: &Source, options: &FetchOptions) -> Result<ModelFiles> {
             let revision = revision.as_deref().unwrap_or(MAIN);
             Repo {
                 id: repo,
+                kind: RepoKind::Model,
                 revision,
                 file: file.as_deref(),
                 options,
@@ -185,6 +186,38 @@ pub fn resolve(source: &Source, options: &FetchOptions) -> Result<ModelFiles> {
         }
         .resolve(),
     }
+}
+
+/// The files of a data set on the Hub that `wanted` says yes to, by their names with `/`, fetched where needed. `repo` is
+/// `org/name`; without a revision the main branch counts.
+///
+/// # Errors
+/// As [`resolve`]; [`Error::NotFound`] when no file is wanted.
+pub fn fetch_dataset(
+    repo: &str,
+    revision: Option<&str>,
+    wanted: &dyn Fn(&str) -> bool,
+    options: &FetchOptions,
+) -> Result<ModelFiles> {
+    let revision = revision.unwrap_or(MAIN);
+    // A data set is named as a model is.
+    match format!("{repo}@{revision}").parse()? {
+        Source::Hub { file: None, .. } => {}
+        _ => {
+            return Err(Error::Source {
+                given: format!("{repo}@{revision}"),
+                expected: "the ORG/NAME of a data set was expected".into(),
+            });
+        }
+    }
+    Repo {
+        id: repo,
+        kind: RepoKind::Dataset,
+        revision,
+        file: None,
+        options,
+    }
+    .resolve_some(wanted)
 }
 
 #[cfg(test)]

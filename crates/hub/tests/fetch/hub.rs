@@ -3,7 +3,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use oxiformers_hub::cache::{self, Kind, Verdict};
-use oxiformers_hub::{Error, Event, FetchOptions, Source, resolve};
+use oxiformers_hub::{Error, Event, FetchOptions, Source, fetch_dataset, resolve};
 use serde_json::{Value, json};
 use sha1::Digest;
 
@@ -425,4 +425,46 @@ fn what_the_hub_does_not_have() {
             error("org/name")
         );
     }
+}
+
+#[test]
+fn files_of_a_data_set() {
+    let hub = Server::new();
+    let files: [(&str, &[u8]); 3] = [
+        ("README.md", b"words"),
+        ("data/test.jsonl", b"{\"text\": \"b\"}\n"),
+        ("data/train.jsonl", b"{\"text\": \"a\"}\n"),
+    ];
+    let entry = |(name, content): &(&str, &[u8])| json!({"type": "file", "oid": git(content), "size": content.len(), "path": name});
+    let tree: Vec<Value> = files.iter().map(entry).collect();
+    for (name, content) in files {
+        let route = Route::new(content).header("ETag", &format!("\"{}\"", git(content)));
+        hub.route(&format!("/datasets/org/name/resolve/{COMMIT}/{name}"), route);
+    }
+    let info = json!({"id": "org/name", "_id": "1", "sha": COMMIT, "private": false, "siblings": []});
+    hub.route(
+        "/api/datasets/org/name/revision/main",
+        Route::new(info.to_string()),
+    );
+    let path = format!("/api/datasets/org/name/tree/{COMMIT}");
+    hub.route(&path, Route::new(Value::from(tree).to_string()));
+
+    let home = tempfile::tempdir().unwrap();
+    let mut options = options(home.path(), &hub.url);
+    let train = |options: &FetchOptions| {
+        fetch_dataset("org/name", None, &|name| name.ends_with("train.jsonl"), options)
+    };
+    let found = train(&options).unwrap();
+    assert_eq!(found.names().collect::<Vec<_>>(), ["data/train.jsonl"]);
+    assert_eq!(found.get("data/train.jsonl").unwrap().unwrap(), files[2].1);
+    let snapshot = options
+        .hub_cache
+        .join("datasets--org--name/snapshots")
+        .join(COMMIT);
+    assert!(snapshot.join("data/train.jsonl").is_file() && !snapshot.join("data/test.jsonl").exists());
+    let error = fetch_dataset("org/name", None, &|name| name == "x", &options).unwrap_err();
+    assert!(error.to_string().contains("data/train.jsonl"), "{error}");
+    assert!(fetch_dataset("../name", None, &|_| true, &options).is_err());
+    options.offline = true;
+    assert_eq!(train(&options).unwrap().names().count(), 1);
 }
