@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::str::{FromStr, Utf8Error};
 use std::sync::Arc;
 
+use csv_core::ReadRecordResult;
 use serde_json::{Map, Value};
 
 use crate::{Error, Result};
@@ -327,34 +328,31 @@ fn json_line(line: Result<(Place, String)>) -> Option<Result<Record>> {
 }
 
 fn csv_rows(reader: impl Read + Send + 'static, name: &str) -> Result<Records> {
-    let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(reader);
-    let names = match reader.headers() {
-        Ok(names) if !names.is_empty() => names.clone(),
-        Ok(_) => return Err(Error::format(name, "has no line of names")),
+    let mut rows = CsvRows {
+        reader: csv_core::Reader::new(),
+        input: BufReader::new(reader),
+    };
+    let names = match rows.next() {
+        Ok(Some(Ok(names))) => names,
+        Ok(None) => return Err(Error::format(name, "has no line of names")),
+        Ok(Some(Err(error))) => return Err(Error::format(name, format!("is not UTF-8: {error}"))),
         Err(error) => return Err(Error::format(name, error.to_string())),
     };
     let file: Arc<str> = name.into();
-    let mut row = csv::StringRecord::new();
     Ok(Box::new(std::iter::from_fn(move || {
-        let place = |line| Place {
+        let place = Place {
             file: file.clone(),
-            line,
+            line: rows.reader.line(),
             rows: false,
         };
-        let before = reader.position().line();
-        match reader.read_record(&mut row) {
-            Ok(false) => return None,
-            Ok(true) => {}
-            Err(error) => {
-                let line = error.position().map_or(before, csv::Position::line);
-                return Some(Err(match error.kind() {
-                    csv::ErrorKind::Io(error) => Error::format(place(line).to_string(), error.to_string()),
-                    csv::ErrorKind::Utf8 { err, .. } => place(line).bad(format!("is not UTF-8: {err}")),
-                    _ => place(line).bad(error.to_string()),
-                }));
-            }
-        }
-        let place = place(row.position().map_or(before, csv::Position::line));
+        let row = match rows.next() {
+            Ok(row) => row?,
+            Err(error) => return Some(Err(Error::format(place.to_string(), error.to_string()))),
+        };
+        let row = match row {
+            Ok(row) => row,
+            Err(error) => return Some(Err(place.bad(format!("is not UTF-8: {error}")))),
+        };
         if row.len() != names.len() {
             let message = format!(
                 "has {} columns, and the first line names {}",
@@ -363,13 +361,49 @@ fn csv_rows(reader: impl Read + Send + 'static, name: &str) -> Result<Records> {
             );
             return Some(Err(place.bad(message)));
         }
-        let columns = names.iter().zip(row.iter());
-        let columns = columns.map(|(name, field)| (name.to_string(), Value::from(field)));
+        let columns = names.iter().cloned().zip(row.into_iter().map(Value::from));
         Some(Ok(Record {
             place,
             value: Value::Object(columns.collect::<Map<_, _>>()),
         }))
     })))
+}
+
+/// Rows of a CSV file.
+struct CsvRows<R> {
+    reader: csv_core::Reader,
+    input: BufReader<R>,
+}
+
+impl<R: Read> CsvRows<R> {
+    /// The fields of the next row, if there is one and it is text.
+    fn next(&mut self) -> io::Result<Option<Result<Vec<String>, Utf8Error>>> {
+        let (mut text, mut ends) = (vec![0; 1 << 10], vec![0; 16]);
+        let (mut written, mut fields) = (0, 0);
+        loop {
+            let input = self.input.fill_buf()?;
+            let (result, read, wrote, ended) =
+                self.reader
+                    .read_record(input, &mut text[written..], &mut ends[fields..]);
+            self.input.consume(read);
+            (written, fields) = (written + wrote, fields + ended);
+            match result {
+                ReadRecordResult::InputEmpty => {}
+                ReadRecordResult::OutputFull if text.len() as u64 >= MAX_LINE => {
+                    let message = format!("a row has more than {MAX_LINE} bytes; is a quote left open?");
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+                }
+                ReadRecordResult::OutputFull => text.resize(text.len() * 2, 0),
+                ReadRecordResult::OutputEndsFull => ends.resize(ends.len() * 2, 0),
+                ReadRecordResult::Record => break,
+                ReadRecordResult::End => return Ok(None),
+            }
+        }
+        let begins = std::iter::once(&0).chain(&ends);
+        let field =
+            |(begin, end): (&usize, &usize)| std::str::from_utf8(&text[*begin..*end]).map(str::to_string);
+        Ok(Some(begins.zip(&ends).take(fields).map(field).collect()))
+    }
 }
 
 #[cfg(feature = "parquet")]
