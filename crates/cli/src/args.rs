@@ -6,7 +6,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use oxiformers::Task;
 use oxiformers::hub::checkpoint::DType;
 use oxiformers::hub::checkpoint::gguf::GgmlType;
+use oxiformers::hub::checkpoint::safetensors::MAX_SHARD_SIZE;
 use oxiformers::quant::gguf::FileType;
+use oxiformers::quant::named::NAMES;
 
 /// Hugging Face Transformers, in Rust: chat with, run and inspect open models.
 #[derive(Debug, Parser)]
@@ -58,6 +60,11 @@ pub struct RunArgs {
     /// How weights are held. `auto` keeps them as stored; the others make them dense.
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: Dtype,
+    #[arg(long, value_name = "METHOD", help = format!(
+        "Quantize linear layers while loading: {}",
+        NAMES.join(", ")
+    ))]
+    pub quantize: Option<String>,
     /// Number of CPU threads [default: one per core].
     #[arg(long, env = "OXIFORMERS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -366,21 +373,41 @@ pub struct QuantizeArgs {
     #[arg(help = MODEL_HELP)]
     pub model: String,
     #[arg(long, value_name = "METHOD", help = format!(
-        "gguf:TYPE, from a GGUF to another; TYPE is one of {}",
+        "{}: to a folder that Python's libraries read, too; or gguf:TYPE, from a GGUF to another, where TYPE is one of {}",
+        NAMES.join(", "),
         FileType::ALL.iter().map(|ty| ty.name()).collect::<Vec<_>>().join(", ")
     ))]
     pub method: Method,
-    /// The file to write.
-    #[arg(long, value_name = "FILE", required_unless_present = "dry_run")]
+    /// The folder to write, or the GGUF file.
+    #[arg(long, value_name = "PATH", required_unless_present = "dry_run")]
     pub output: Option<PathBuf>,
+    /// Values that share a scale [default: what is usual].
+    #[arg(long, value_name = "N")]
+    pub block_size: Option<usize>,
+    /// Quantize scales, too.
+    #[arg(long)]
+    pub double_quant: bool,
+    /// Modules to leave as they are, as Transformers matches names: the beginning, in whole parts and as a regular
+    /// expression, or the end; may be repeated. Output layers are left as they are anyway.
+    #[arg(long, value_name = "PATTERN")]
+    pub skip: Vec<String>,
+    /// Another method for the modules that match, or `none`; may be repeated, the first that matches counts.
+    #[arg(long = "override", value_name = "PATTERN=METHOD", value_parser = module_method)]
+    pub overrides: Vec<(String, String)>,
+    /// The float type of what is not quantized [default: as it is stored; half floats for blocks of a GGUF].
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: Dtype,
+    /// Bytes of weights in a file, after which the next one begins.
+    #[arg(long, value_name = "BYTES", default_value_t = MAX_SHARD_SIZE)]
+    pub max_shard_size: u64,
     /// Another type for the tensors that have PART in their name, such as ffn_down=Q6_K; may be repeated, the first
     /// that fits counts.
     #[arg(long, value_name = "PART=TYPE", value_parser = tensor_type)]
     pub tensor_type: Vec<(String, DType)>,
-    /// Only say which tensor would get which type, and how large the file would be.
+    /// Only say what would become of which tensor, and how large the result would be.
     #[arg(long)]
     pub dry_run: bool,
-    /// Write over a file that is there already.
+    /// Write over what is there already.
     #[arg(long)]
     pub force: bool,
     /// Number of CPU threads [default: one per core].
@@ -389,9 +416,11 @@ pub struct QuantizeArgs {
 }
 
 /// How weights are narrowed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Method {
     Gguf(FileType),
+    /// One of [`NAMES`].
+    Named(String),
 }
 
 impl std::str::FromStr for Method {
@@ -400,10 +429,19 @@ impl std::str::FromStr for Method {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("gguf", ty)) => ty.parse().map(Self::Gguf),
+            None if NAMES.contains(&text) => Ok(Self::Named(text.to_string())),
             _ => Err(format!(
-                "`{text}` is no method; it is gguf:TYPE, such as gguf:Q4_K_M"
+                "`{text}` is no method; it is one of {}, or gguf:TYPE, such as gguf:Q4_K_M",
+                NAMES.join(", ")
             )),
         }
+    }
+}
+
+fn module_method(text: &str) -> Result<(String, String), String> {
+    match text.rsplit_once('=') {
+        Some((pattern, method)) if !pattern.is_empty() => Ok((pattern.to_string(), method.to_string())),
+        _ => Err("write it as PATTERN=METHOD, such as down_proj=int8".to_string()),
     }
 }
 

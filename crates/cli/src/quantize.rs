@@ -6,47 +6,154 @@ use std::path::Path;
 
 use anyhow::bail;
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
-use oxiformers::device;
-use oxiformers::hub::OutputFile;
-use oxiformers::hub::checkpoint::Checkpoint;
+use oxiformers::hub::checkpoint::{Checkpoint, DType, TensorInfo};
+use oxiformers::hub::{ModelFiles, OutputFile};
+use oxiformers::models::quantize::{PlannedTensor, QuantizePlan};
 use oxiformers::quant::gguf::{FileType, Plan};
+use oxiformers::quant::{MethodOptions, QuantizationConfig, Recipe};
+use oxiformers::{Tokenizer, device};
 
-use crate::args::{Method, QuantizeArgs};
+use crate::args::{Dtype, Method, QuantizeArgs};
 use crate::{interrupt, session};
 
 pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     if let Some(threads) = args.threads {
         device::set_threads(threads.into());
     }
-    match args.method {
-        Method::Gguf(ty) => gguf(args, ty),
+    match &args.method {
+        Method::Gguf(ty) => gguf(args, *ty),
+        Method::Named(name) => folder(args, name),
     }
+}
+
+/// What becomes of the modules of a model.
+fn recipe(args: &QuantizeArgs, name: &str) -> anyhow::Result<Recipe> {
+    let options = MethodOptions {
+        block_size: args.block_size,
+        double_quant: args.double_quant,
+    };
+    let mut config = QuantizationConfig::named(name, &options)?;
+    if !args.skip.is_empty() {
+        config.skip(args.skip.clone());
+    }
+    let overrides = args.overrides.iter().map(|(pattern, name)| {
+        let config = match name.as_str() {
+            "none" => None,
+            name => Some(QuantizationConfig::named(name, &MethodOptions::default())?),
+        };
+        Ok((pattern.clone(), config))
+    });
+    Ok(Recipe {
+        config,
+        overrides: overrides.collect::<anyhow::Result<_>>()?,
+    })
+}
+
+fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
+    let files = session::files(Some(&args.model))?;
+    let dtype = match args.dtype {
+        Dtype::Auto => None,
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::Bf16 => Some(DType::BF16),
+    };
+    let plan = QuantizePlan::new(&files, recipe(args, name)?, dtype)?;
+    let tensors: Vec<PlannedTensor> = plan.tensors().collect();
+    let after: usize = tensors.iter().map(|tensor| tensor.num_bytes).sum();
+    let sizes = format!(
+        "{} instead of {}",
+        DecimalBytes(after as u64),
+        DecimalBytes(plan.num_bytes_read() as u64)
+    );
+    let Some(output) = args.output.as_deref().filter(|_| !args.dry_run) else {
+        let mut out = io::stdout().lock();
+        for tensor in &tensors {
+            writeln!(out, "{:<56} {:<6} {:?}", tensor.name, tensor.scheme, tensor.shape)?;
+        }
+        writeln!(out, "{sizes}")?;
+        return Ok(());
+    };
+    let occupied = output.is_dir() && std::fs::read_dir(output)?.next().is_some();
+    if (occupied || output.is_file()) && !args.force {
+        bail!(
+            "{} is there already; write to another folder, or use --force",
+            output.display()
+        );
+    }
+    let bar = progress(plan.num_bytes_read());
+    // What is half-written is removed before the program ends.
+    interrupt::watch();
+    let done = plan.write(output, args.max_shard_size, |bytes| {
+        bar.inc(bytes as u64);
+        !interrupt::happened()
+    });
+    bar.finish_and_clear();
+    done?;
+    interrupt::unwatch();
+    if files.gguf().is_some() {
+        write_tokenizer(&files, output)?;
+    }
+    eprintln!(
+        "{}: {sizes}; tensors: {}",
+        output.display(),
+        counts(tensors.iter().map(|tensor| tensor.scheme.clone()))
+    );
+    Ok(())
+}
+
+/// The tokenizer of a GGUF as the files that a folder has.
+fn write_tokenizer(files: &ModelFiles, output: &Path) -> anyhow::Result<()> {
+    let written = Tokenizer::from_files(files).and_then(|tokenizer| {
+        let json = tokenizer.to_json(true)?;
+        Ok((tokenizer, json))
+    });
+    match written {
+        Ok((_, json)) => {
+            let mut file = OutputFile::create(&output.join("tokenizer.json"))?;
+            file.write_all(json.as_bytes())?;
+            file.finish()?;
+        }
+        Err(error) => eprintln!("no tokenizer.json was written: {error}"),
+    }
+    Ok(())
+}
+
+fn progress(bytes: usize) -> ProgressBar {
+    let bar = ProgressBar::new(bytes as u64);
+    if let Ok(style) = ProgressStyle::with_template("quantizing [{bar:30}] {bytes}/{total_bytes} {eta}") {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar
+}
+
+/// How often each name is there.
+fn counts(names: impl Iterator<Item = String>) -> String {
+    let mut all: BTreeMap<String, usize> = BTreeMap::new();
+    for name in names {
+        *all.entry(name).or_default() += 1;
+    }
+    let all: Vec<_> = all
+        .iter()
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
+    all.join(", ")
 }
 
 fn gguf(args: &QuantizeArgs, ty: FileType) -> anyhow::Result<()> {
     let checkpoint = Checkpoint::open(&session::files(Some(&args.model))?)?;
-    let stored =
-        |info: &oxiformers::hub::checkpoint::TensorInfo| info.dtype.num_bytes(&info.shape).unwrap_or(0);
+    let stored = |info: &TensorInfo| info.dtype.num_bytes(&info.shape).unwrap_or(0);
     let before: usize = checkpoint.tensors().map(stored).sum();
     let plan = Plan::new(checkpoint, ty, &args.tensor_type)?;
     let Some(output) = args.output.as_deref().filter(|_| !args.dry_run) else {
         return describe(&plan, before);
     };
     write(&plan, output, args.force)?;
-    let mut types: BTreeMap<String, usize> = BTreeMap::new();
-    for info in plan.tensors() {
-        *types.entry(info.dtype.name()).or_default() += 1;
-    }
-    let types: Vec<_> = types
-        .iter()
-        .map(|(name, count)| format!("{count} {name}"))
-        .collect();
     eprintln!(
         "{}: {} instead of {}; tensors: {}",
         output.display(),
         DecimalBytes(plan.num_bytes() as u64),
         DecimalBytes(before as u64),
-        types.join(", ")
+        counts(plan.tensors().iter().map(|info| info.dtype.name()))
     );
     Ok(())
 }
@@ -69,10 +176,7 @@ fn write(plan: &Plan, output: &Path, force: bool) -> anyhow::Result<()> {
             output.display()
         );
     }
-    let bar = ProgressBar::new(plan.num_bytes() as u64);
-    if let Ok(style) = ProgressStyle::with_template("quantizing [{bar:30}] {bytes}/{total_bytes} {eta}") {
-        bar.set_style(style.progress_chars("=> "));
-    }
+    let bar = progress(plan.num_bytes());
     let mut file = OutputFile::create(output)?;
     // What is half-written is removed before the program ends.
     interrupt::watch();

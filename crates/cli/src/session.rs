@@ -1,9 +1,12 @@
 //! What all commands that run a model share: finding it, loading it, and how it generates.
 
+use std::sync::Arc;
+
 use anyhow::bail;
 use oxiformers::hub::{Bars, FetchOptions, ModelFiles, Source, default_chat_model, resolve};
 use oxiformers::models::registry::Kind;
 use oxiformers::nn::LoadOptions;
+use oxiformers::quant::{MethodOptions, QuantizationConfig};
 use oxiformers::{
     AutoConfig, CausalLM, GenerationConfig, Generator, LanguageModel, Seq2SeqModel, Tokenizer, device,
 };
@@ -101,9 +104,17 @@ pub fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
         Dtype::F16 => Some(oxiformers::FloatDType::F16),
         Dtype::Bf16 => Some(oxiformers::FloatDType::BF16),
     };
+    let quantization = match run.quantize.as_deref() {
+        Some(name) => {
+            let config = QuantizationConfig::named(name, &MethodOptions::default())?;
+            Some(Arc::new(config.into()))
+        }
+        None => None,
+    };
     Ok(LoadOptions {
         device: device::parse(&run.device)?,
         dtype,
+        quantization,
         ..LoadOptions::default()
     })
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
+use oxiformers_nn::quant::QuantizationConfig;
 use oxiformers_nn::{Cache, CacheKind, LoadOptions, LogitsFor, Weights};
 use serde_json::Value;
 
@@ -21,6 +22,8 @@ pub struct AutoConfig {
     pub json: Value,
     /// The typed configuration.
     pub architecture: AnyConfig,
+    /// How the checkpoint is quantized, if it is.
+    pub quantization: Option<QuantizationConfig>,
 }
 
 impl AutoConfig {
@@ -68,6 +71,8 @@ impl AutoConfig {
                 "`{field}` is {number}, more than anything in a model can be"
             )));
         }
+        let quantization = QuantizationConfig::of_model(&json)
+            .map_err(|error| bad(format!("`quantization_config`: {error}")))?;
         // Fields written as null mean their default.
         let mut fields = json.clone();
         if let Value::Object(map) = &mut fields {
@@ -78,6 +83,7 @@ impl AutoConfig {
                 model_type,
                 json,
                 architecture,
+                quantization,
             }),
             Some(Err(error)) => Err(bad(error.to_string())),
             None => Err(Error::Unsupported {
@@ -132,7 +138,7 @@ impl AutoModelForCausalLM {
             }
             None => {
                 let config = AutoConfig::from_files(files)?;
-                let weights = Weights::new(checkpoint, config.architecture.base(), options.clone());
+                let weights = stored(&config, checkpoint, options);
                 Self::load(config, weights, options, name)
             }
         }
@@ -154,6 +160,12 @@ impl AutoModelForCausalLM {
             device: options.device.clone(),
         })
     }
+}
+
+/// The parameters of a checkpoint.
+pub(crate) fn stored(config: &AutoConfig, checkpoint: Checkpoint, options: &LoadOptions) -> Weights {
+    let weights = Weights::new(checkpoint, config.architecture.base(), options.clone());
+    weights.stored_as(config.quantization.as_ref())
 }
 
 /// Fresh parameters.
@@ -217,7 +229,7 @@ impl AutoModelForSeq2SeqLM {
     pub fn from_files(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
         let config = AutoConfig::from_files(files)?;
         let checkpoint = Checkpoint::open(files)?;
-        let weights = Weights::new(checkpoint, config.architecture.base(), options.clone());
+        let weights = stored(&config, checkpoint, options);
         Self::load(config, weights, options, files.name())
     }
 

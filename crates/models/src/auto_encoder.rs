@@ -285,6 +285,26 @@ impl AutoModelForTableQuestionAnswering {
     }
 }
 
+/// The task whose class a checkpoint was saved from, as its configuration says.
+pub(crate) fn task_of(config: &AutoConfig) -> Task {
+    let class = config.json.pointer("/architectures/0").and_then(Value::as_str);
+    class.map_or(Task::Base, Task::of_class)
+}
+
+/// Loads a model that judges texts with the head that it was saved with, only to see what it is made of.
+pub(crate) fn load_as_saved(files: &ModelFiles, options: &LoadOptions) -> Result<()> {
+    let (config, weights) = open(files, options)?;
+    let task = task_of(&config);
+    if task == Task::TableQuestionAnswering {
+        return AutoModelForTableQuestionAnswering::from_files(files, options).map(drop);
+    }
+    let labels = Labels::from_json(&config.json).map_err(Error::of(files.name()))?;
+    load(&config, &weights, task, files.name(), |c, w, encoder| {
+        c.load_head(task, w, encoder, labels.len())
+    })
+    .map(drop)
+}
+
 fn no_task(model: &str, config: &AutoConfig, task: Task) -> Error {
     Error::NoTask {
         model: model.to_string(),
@@ -295,8 +315,7 @@ fn no_task(model: &str, config: &AutoConfig, task: Task) -> Error {
 
 fn open(files: &ModelFiles, options: &LoadOptions) -> Result<(AutoConfig, Weights)> {
     let config = AutoConfig::from_files(files)?;
-    let base = config.architecture.base();
-    let weights = Weights::new(Checkpoint::open(files)?, base, options.clone());
+    let weights = auto::stored(&config, Checkpoint::open(files)?, options);
     Ok((config, weights))
 }
 

@@ -7,7 +7,7 @@ use oxiformers_nn::latent::{LatentAttention, LatentAttentionConfig};
 use oxiformers_nn::moe::{Experts, spread, top_k};
 use oxiformers_nn::{
     Activation, Context, Decoder, DecoderConfig, DecoderLayer, Error, GatedMlp, Init, Linear, Result,
-    RmsNorm, Rope, RopeParameters, RopeSettings, Weights,
+    RmsNorm, Role, Rope, RopeParameters, RopeSettings, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -176,7 +176,7 @@ impl Mixture {
         );
         let names = ["gate_proj", "up_proj", "down_proj"];
         let router = Router {
-            gate: Linear::load(&w.pp("gate"), hidden, count, false)?,
+            gate: Linear::load(&w.pp("gate").with_role(Role::Kept), hidden, count, false)?,
             e_score_correction_bias: w
                 .pp("gate")
                 .param("e_score_correction_bias", [count], Init::Zeros)?,

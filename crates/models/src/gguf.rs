@@ -313,6 +313,22 @@ impl Source {
         })
     }
 
+    /// The names of all tensors in the order of `stored`, GGUF's names.
+    pub(crate) fn names_in_order<'a>(&self, stored: impl Iterator<Item = &'a str>) -> Vec<String> {
+        let mut by_stored: HashMap<&str, Vec<(usize, &String)>> = HashMap::new();
+        for (name, place) in &self.names {
+            let first = place.rows.as_ref().map_or(0, |rows| rows.start);
+            by_stored.entry(&place.name).or_default().push((first, name));
+        }
+        let mut all = Vec::with_capacity(self.names.len());
+        for name in stored {
+            let mut names = by_stored.remove(name).unwrap_or_default();
+            names.sort();
+            all.extend(names.into_iter().map(|(_, name)| name.clone()));
+        }
+        all
+    }
+
     fn joined_latent(&self, keys: &str) -> oxiformers_hub::Result<TensorView> {
         let view = self.checkpoint.tensor(keys)?;
         let values = self.checkpoint.tensor(&keys.replace("attn_k_b", "attn_v_b"))?;

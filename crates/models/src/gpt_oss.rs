@@ -4,13 +4,13 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, activation};
 use bytes::{Bytes, BytesMut};
-use oxiformers_hub::checkpoint::gguf::GgmlType;
 use oxiformers_hub::checkpoint::{DType, TensorView};
 use oxiformers_nn::linear::Matrix;
 use oxiformers_nn::moe::{mix_experts, spread, top_k};
+use oxiformers_nn::quant::mxfp4::{Mxfp4Stack, Slice};
 use oxiformers_nn::{
     Attention, AttentionConfig, Context, Decoder, DecoderConfig, DecoderLayer, Error, Init, Linear, Result,
-    RmsNorm, Rope, RopeSettings, Weights,
+    RmsNorm, Role, Rope, RopeSettings, Weights,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -173,8 +173,7 @@ struct Stored {
 enum Form {
     /// `[experts, columns, rows]`.
     Transposed(TensorView),
-    /// Runs of 32 values: 16 bytes each in `blocks`, their exponents in `scales`.
-    Mxfp4 { blocks: TensorView, scales: TensorView },
+    Mxfp4(Mxfp4Stack),
 }
 
 impl Stored {
@@ -182,17 +181,12 @@ impl Stored {
         let [count, rows, columns] = shape;
         let blocks = format!("{name}_blocks");
         let data = if w.is_stored(&blocks) {
-            if columns % 32 != 0 {
-                let message = format!("{columns} is no multiple of 32, the size of an MXFP4 block");
-                return Err(Error::config("hidden_size", message));
-            }
-            let blocks = w.view(&blocks, &[count, rows, columns / 32, 16])?;
-            let scales = w.view(&format!("{name}_scales"), &[count, rows, columns / 32])?;
-            if blocks.dtype != DType::U8 || scales.dtype != DType::U8 {
-                let message = format!("`{name}` is stored as {:?}; MXFP4 is stored as U8", blocks.dtype);
-                return Err(Error::config("quantization_config", message));
-            }
-            Form::Mxfp4 { blocks, scales }
+            let runs = columns.div_ceil(32);
+            let blocks = w.view(&blocks, &[count, rows, runs, 16])?;
+            let scales = w.view(&format!("{name}_scales"), &[count, rows, runs])?;
+            let stack = Mxfp4Stack::new(shape, &blocks, &scales);
+            let wrong = |reason| Error::config("quantization_config", format!("`{name}` {reason}"));
+            Form::Mxfp4(stack.map_err(wrong)?)
         } else {
             let view = w.view(name, &[count, columns, rows])?;
             if !matches!(view.dtype, DType::F32 | DType::F16 | DType::BF16) {
@@ -210,22 +204,16 @@ impl Stored {
     /// Each expert's rows `first`, `first + step`, …
     fn matrices(&self, w: &Weights, first: usize, step: usize) -> Result<Vec<Matrix>> {
         let [count, rows, columns] = self.shape;
-        let each = |expert| {
-            let (dtype, data) = match &self.data {
-                Form::Transposed(view) => (view.dtype, self.transposed(view, expert, first, step)),
-                Form::Mxfp4 { blocks, scales } => {
-                    let runs = (columns / 32).max(1);
-                    let stored = blocks
-                        .data
-                        .chunks_exact(16 * runs)
-                        .zip(scales.data.chunks_exact(runs));
-                    let chosen = stored.skip(expert * rows + first).step_by(step).take(rows / step);
-                    (DType::Ggml(GgmlType::MXFP4), ggml_blocks(chosen))
-                }
+        let each = |index| {
+            let view = match &self.data {
+                Form::Transposed(view) => TensorView {
+                    dtype: view.dtype,
+                    shape: vec![rows / step, columns],
+                    data: self.transposed(view, index, first, step),
+                },
+                Form::Mxfp4(stack) => stack.rows(Slice { index, first, step }),
             };
-            let shape = vec![rows / step, columns];
-            let name = format!("{}.{expert}.{first}", self.name);
-            w.matrix_of(&name, TensorView { dtype, shape, data })
+            w.matrix_of(&format!("{}.{index}.{first}", self.name), view)
         };
         (0..count).map(each).collect()
     }
@@ -242,20 +230,6 @@ impl Stored {
         }
         data.freeze()
     }
-}
-
-/// Rows of MXFP4 in ggml's layout: the exponent, then values 0..16 in the low and 16..32 in the high nibbles. The
-/// checkpoints' nibbles hold neighbouring values.
-fn ggml_blocks<'a>(rows: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Bytes {
-    let mut data = BytesMut::new();
-    for (blocks, scales) in rows {
-        for (block, scale) in blocks.as_chunks::<16>().0.iter().zip(scales) {
-            let value = |i: usize| (block[i / 2] >> (4 * (i % 2))) & 0xF;
-            data.extend_from_slice(&[*scale]);
-            data.extend((0..16).map(|i| value(i) | value(i + 16) << 4));
-        }
-    }
-    data.freeze()
 }
 
 /// One layer.
@@ -320,8 +294,13 @@ impl Architecture for Config {
                 input_layernorm: RmsNorm::load(&w.pp("input_layernorm"), hidden, eps)?,
                 self_attn: Attention::load(&at, attention)?.with_sinks(sinks),
                 post_attention_layernorm: RmsNorm::load(&w.pp("post_attention_layernorm"), hidden, eps)?,
-                router: Linear::load(&w.pp("mlp.router"), hidden, self.num_local_experts, true)?,
-                experts: Experts::load(&w.pp("mlp.experts"), self)?,
+                router: Linear::load(
+                    &w.pp("mlp.router").with_role(Role::Kept),
+                    hidden,
+                    self.num_local_experts,
+                    true,
+                )?,
+                experts: Experts::load(&w.pp("mlp.experts").with_role(Role::Expert), self)?,
                 top_k: self.num_experts_per_tok,
             })
         });

@@ -20,6 +20,8 @@ pub mod auto_encoder;
 pub mod error;
 pub mod fields;
 pub mod gguf;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod quantize;
 pub mod registry;
 pub mod sentence;
 pub mod tasks;

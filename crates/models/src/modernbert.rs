@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use oxiformers_nn::head::vocabulary_output;
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Context, Embedding, Embeddings, EmbeddingsConfig, Encoder,
-    EncoderLayer, GatedMlp, Head, LayerNorm, Linear, Reads, Result, Rope, RopeSettings, Weights,
+    EncoderLayer, GatedMlp, Head, LayerNorm, Linear, Reads, Result, Role, Rope, RopeSettings, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -182,7 +182,12 @@ impl EncoderArchitecture for Config {
         let output = match (self.decoder_bias, tied) {
             (true, _) => vocabulary_output(w, ["decoder", "decoder.bias"], table, tied)?,
             (false, true) => table.tied_output(),
-            (false, false) => Linear::load(&w.pp("decoder"), hidden, self.vocab_size, false)?,
+            (false, false) => Linear::load(
+                &w.pp("decoder").with_role(Role::Output),
+                hidden,
+                self.vocab_size,
+                false,
+            )?,
         };
         Ok(Some(head.output(output)))
     }

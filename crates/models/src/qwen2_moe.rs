@@ -6,7 +6,7 @@ use burn::tensor::{Tensor, activation};
 use oxiformers_nn::moe::{Experts, softmax_top_k};
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Context, Decoder, DecoderConfig, DecoderLayer, Error, GatedMlp,
-    Linear, Result, RmsNorm, Rope, RopeSettings, Weights,
+    Linear, Result, RmsNorm, Role, Rope, RopeSettings, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -116,7 +116,7 @@ impl Mixture {
             return Err(Error::config("num_experts_per_tok", message));
         }
         Ok(Self {
-            gate: Linear::load(&w.pp("gate"), hidden, count, false)?,
+            gate: Linear::load(&w.pp("gate").with_role(Role::Kept), hidden, count, false)?,
             experts: Experts::load(&w.pp("experts"), count, names, hidden, inner, act)?,
             shared: None,
             top_k: routing.top_k,

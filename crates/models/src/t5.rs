@@ -114,6 +114,8 @@ impl Seq2SeqLayer for Layer {
 impl Config {
     /// The feed-forward block that `feed_forward_proj` names, such as `relu` or `gated-gelu`.
     fn feed_forward(&self, w: &Weights) -> Result<FeedForward> {
+        // Its values are too large for half floats, and it stays as it is where others are quantized.
+        let w = &w.keeping(&["wo"]);
         let (name, gated) = match self.feed_forward_proj.as_str() {
             // The one name that means another function here.
             "gated-gelu" => ("gelu_new", true),

@@ -28,6 +28,30 @@ pub enum Task {
     TableQuestionAnswering,
 }
 
+impl Task {
+    /// The task that models of a class, such as `BertForMaskedLM`, are for.
+    pub fn of_class(class: &str) -> Self {
+        const TASKS: [(&str, Task); 9] = [
+            ("ForMaskedLM", Task::MaskedLM),
+            ("ForSequenceClassification", Task::SequenceClassification),
+            ("ForTokenClassification", Task::TokenClassification),
+            ("ForTableQuestionAnswering", Task::TableQuestionAnswering),
+            ("ForDocumentQuestionAnswering", Task::DocumentQuestionAnswering),
+            ("ForQuestionAnswering", Task::QuestionAnswering),
+            ("ForMultipleChoice", Task::MultipleChoice),
+            ("ForNextSentencePrediction", Task::NextSentencePrediction),
+            ("ForPreTraining", Task::PreTraining),
+        ];
+        let known = TASKS.iter().find(|(ending, _)| class.ends_with(ending));
+        // TAPAS answers questions about tables only.
+        match known {
+            Some((_, Task::QuestionAnswering)) if class.starts_with("Tapas") => Task::TableQuestionAnswering,
+            Some((_, task)) => *task,
+            None => Task::Base,
+        }
+    }
+}
+
 /// A task as a type, which says what form the answer has.
 pub trait TaskType: Debug + Clone + Copy + Default + Send + Sync + 'static {
     /// The task.

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
-use crate::{Cache, CacheKind, Context, Embedding, Linear, Norm, Positions, Result, Stack, Weights};
+use crate::{Cache, CacheKind, Context, Embedding, Linear, Norm, Positions, Result, Role, Stack, Weights};
 
 /// One layer of a decoder.
 pub trait DecoderLayer: Module + Debug {
@@ -116,7 +116,7 @@ impl<L: DecoderLayer> Decoder<L> {
             head
         } else {
             Linear::load(
-                &w.pp(&config.lm_head),
+                &w.pp(&config.lm_head).with_role(Role::Output),
                 embedding_width,
                 config.vocab_size,
                 config.lm_head_bias,

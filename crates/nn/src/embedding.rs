@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use crate::linear::{Linear, Matrix};
+use crate::weights::Role;
 use crate::{Result, Weights};
 
 /// A table `[num_embeddings, embedding_dim]`.
@@ -17,7 +18,9 @@ impl Embedding {
     /// Loads `weight`.
     pub fn load(w: &Weights, num_embeddings: usize, embedding_dim: usize) -> Result<Self> {
         Ok(Self {
-            weight: w.matrix("weight", [num_embeddings, embedding_dim])?,
+            weight: w
+                .with_role(Role::Kept)
+                .matrix("weight", [num_embeddings, embedding_dim])?,
         })
     }
 

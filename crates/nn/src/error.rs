@@ -38,6 +38,16 @@ pub enum Error {
         /// Why it does not fit.
         reason: String,
     },
+    /// A module is not stored as its scheme stores modules, or cannot be quantized.
+    #[error("{origin}: `{module}`: {reason}")]
+    Quantization {
+        /// The checkpoint.
+        origin: String,
+        /// Name of the module.
+        module: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The checkpoint holds tensors that the architecture does not know.
     #[error("{origin}: {} tensors belong to no part of the model: {}", names.len(), preview(names))]
     LeftOver {

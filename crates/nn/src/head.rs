@@ -5,7 +5,9 @@ use std::ops::Range;
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData};
 
-use crate::{Activation, Embedding, EncoderInputs, Init, LayerNorm, Linear, Mlp, Norm, Result, Weights};
+use crate::{
+    Activation, Embedding, EncoderInputs, Init, LayerNorm, Linear, Mlp, Norm, Result, Role, Weights,
+};
 
 /// Which hidden states of a sequence a head reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,7 +177,7 @@ pub fn vocabulary_output(
     let at = w.pp(decoder);
     let mut output = match tied {
         true => table.tied_output(),
-        false => Linear::load(&at, width, vocab_size, false)?,
+        false => Linear::load(&at.with_role(Role::Output), width, vocab_size, false)?,
     };
     // Checkpoints store the bias under one of two names, or under both, which are then the same if the rest is.
     let places = [(w, bias), (&at, "bias")];

@@ -7,7 +7,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, linear, linears};
 
-use crate::{Error, Init, Result, Weights};
+use crate::{Error, Init, Result, RmsNorm, Weights};
 
 /// Sees what linear layers multiply their weights with: how calibration (importance matrices, GPTQ, AWQ, …) learns
 /// about activations.
@@ -41,6 +41,34 @@ pub struct Matrix {
     /// Who sees its inputs.
     #[module(skip)]
     observed: Option<Observed>,
+    /// What is done with its inputs first.
+    input: Option<Input>,
+}
+
+/// `x` `[.., size]`, each row of which becomes whole numbers from -128 to 127 times a scale: its largest absolute value,
+/// 1e-5 at least, divided by 127 (Ma et al., "The era of 1-bit LLMs", 2024).
+fn int8_activations<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let scale = x.clone().abs().max_dim(D - 1).clamp_min(1e-5).recip() * 127.0;
+    (x * scale.clone()).round().clamp(-128.0, 127.0) / scale
+}
+
+/// What is done with activations before they are multiplied, in some schemes of quantization.
+#[derive(Module, Debug)]
+pub struct Input {
+    /// They are normalized.
+    pub norm: Option<RmsNorm>,
+    /// They become whole numbers of 8 bits with a scale for each token.
+    pub int8: bool,
+}
+
+impl Input {
+    fn apply<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let x = match &self.norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        };
+        if self.int8 { int8_activations(x) } else { x }
+    }
 }
 
 impl Matrix {
@@ -50,6 +78,7 @@ impl Matrix {
             dense: Some(values),
             packed: None,
             observed: None,
+            input: None,
         }
     }
 
@@ -59,6 +88,7 @@ impl Matrix {
             dense: None,
             packed: Some(matrix),
             observed: None,
+            input: None,
         }
     }
 
@@ -70,6 +100,21 @@ impl Matrix {
             observer: observer.clone(),
         });
         self
+    }
+
+    /// The same matrix, with whose inputs something is done first.
+    #[must_use]
+    pub fn with_input(mut self, input: Input) -> Self {
+        self.input = Some(input);
+        self
+    }
+
+    /// Its input, as it is multiplied.
+    fn prepare<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match &self.input {
+            Some(input) => input.apply(x),
+            None => x,
+        }
     }
 
     /// `[out_features, in_features]`.
@@ -103,7 +148,7 @@ impl Matrix {
     /// `x · Wᵀ + bias`: `[.., in_features]` to `[.., out_features]`.
     pub fn linear<const D: usize>(&self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
         let weight = self.weight(&x);
-        linear(x, (weight, bias), None)
+        linear(self.prepare(x), (weight, bias), None)
     }
 
     /// The rows `ids` as a dense tensor `[ids.len(), in_features]`.
@@ -164,11 +209,14 @@ impl Linear {
 
     fn apply<const D: usize>(&self, x: Tensor<D>, act: Option<Activation>) -> Tensor<D> {
         let operand = self.operand(&x);
-        linear(x, operand, act)
+        linear(self.weight.prepare(x), operand, act)
     }
 
     /// Several layers over the same input, at once where their weights allow it.
     pub fn forward_all<const D: usize, const N: usize>(layers: [&Self; N], x: Tensor<D>) -> [Tensor<D>; N] {
+        if layers.iter().any(|layer| layer.weight.input.is_some()) {
+            return layers.map(|layer| layer.forward(x.clone()));
+        }
         let operands = layers.map(|layer| layer.operand(&x));
         linears(x, operands, None)
     }
@@ -176,7 +224,8 @@ impl Linear {
     /// `second(act(first(x)))`: `[.., in_features]` to `[.., out_features]`.
     pub fn feed_forward<const D: usize>(layers: [&Self; 2], x: Tensor<D>, act: Activation) -> Tensor<D> {
         let [first, second] = layers;
-        if second.weight.observed.is_some() {
+        let changed = layers.iter().any(|layer| layer.weight.input.is_some());
+        if second.weight.observed.is_some() || changed {
             // What is between the two is only known where they are computed one by one.
             return second.forward(first.forward_act(x, act));
         }

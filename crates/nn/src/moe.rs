@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, activation};
 
-use crate::{Activation, GatedMlp, Result, Weights};
+use crate::{Activation, GatedMlp, Result, Role, Weights};
 
 /// The feed-forward blocks among which a router chooses.
 #[derive(Module, Debug)]
@@ -24,6 +24,7 @@ impl Experts {
         inner: usize,
         act: Activation,
     ) -> Result<Self> {
+        let w = &w.with_role(Role::Expert);
         let experts = if w.is_stored("gate_up_proj") {
             let gate_up = w.matrices("gate_up_proj", [count, 2 * inner, hidden])?;
             let down = w.matrices("down_proj", [count, hidden, inner])?;

@@ -7,9 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Distribution, FloatDType, Shape, Tensor, TensorData};
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
-use oxiformers_kernels::{PackedMatrix, ggml, threads};
+use oxiformers_kernels::threads;
+pub use oxiformers_quant::to_f32;
+use oxiformers_quant::{PackedMatrix, QuantizationConfig, Recipe, Scheme};
 
 use crate::linear::{Matrix, Observer};
+use crate::survey::Survey;
 use crate::{Error, Result};
 
 /// Named tensors of one model.
@@ -70,6 +73,12 @@ pub struct LoadOptions {
     pub dtype: Option<FloatDType>,
     /// Who sees the inputs of linear layers, for calibration.
     pub observer: Option<Arc<dyn Observer>>,
+    /// What matrices of linear layers become that are not stored quantized. Matrices are quantized one after the other:
+    /// no two are in memory as floats. Where the device does not multiply with them so, or `dtype` is given, they get
+    /// the values that quantization leaves.
+    pub quantization: Option<Arc<Recipe>>,
+    /// Who is told which matrices a model is made of. What is loaded with it can be described, but not run.
+    pub survey: Option<Arc<Survey>>,
 }
 
 impl Default for LoadOptions {
@@ -78,6 +87,8 @@ impl Default for LoadOptions {
             device: Device::flex(),
             dtype: None,
             observer: None,
+            quantization: None,
+            survey: None,
         }
     }
 }
@@ -87,19 +98,39 @@ impl Default for LoadOptions {
 /// It remembers what was taken, so that [`finish`](Self::finish) can name what was left over.
 #[derive(Clone)]
 pub struct Weights {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     prefix: String,
+    role: Role,
+    /// Linear layers that are kept, too, by the last components of their names.
+    kept: &'static [&'static str],
 }
 
-struct Shared {
-    source: Option<Box<dyn TensorSource>>,
-    options: LoadOptions,
+pub(crate) struct Shared {
+    pub(crate) source: Option<Box<dyn TensorSource>>,
+    pub(crate) options: LoadOptions,
+    /// How modules are stored that are not stored as they are.
+    pub(crate) schemes: Vec<Arc<dyn Scheme>>,
     initializer_range: f64,
     base_prefix: String,
-    used: Mutex<BTreeSet<String>>,
+    pub(crate) used: Mutex<BTreeSet<String>>,
     params: Mutex<Vec<(ParamId, String)>>,
     /// What is sure to be multiplied with, in the order of loading.
     products: Mutex<Vec<Weak<dyn PackedMatrix>>>,
+}
+
+/// What matrices are for, as far as it matters to quantization.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A linear layer's weight.
+    Linear,
+    /// One that checkpoints store as `[in_features, out_features]`.
+    Conv1d,
+    /// The weight of the layer that makes logits.
+    Output,
+    /// The weight of an expert: a part of one tensor, where Transformers has no linear layers.
+    Expert,
+    /// Tables that are looked up, routers of experts, and whatever else Transformers has no linear layer for.
+    Kept,
 }
 
 impl Weights {
@@ -112,6 +143,19 @@ impl Weights {
     /// Fresh parameters. Seed the device first to make them reproducible.
     pub fn init(options: LoadOptions, initializer_range: f64) -> Self {
         Self::build(None, "", options, initializer_range)
+    }
+
+    /// The same checkpoint, whose modules are stored as its configuration says.
+    #[must_use]
+    pub fn stored_as(mut self, config: Option<&QuantizationConfig>) -> Self {
+        if let (Some(config), Some(shared)) = (config, Arc::get_mut(&mut self.shared)) {
+            if config.on_load() {
+                shared.options.quantization = Some(Arc::new(Recipe::from(config.clone())));
+            } else {
+                shared.schemes = config.stored();
+            }
+        }
+        self
     }
 
     fn build(
@@ -129,6 +173,7 @@ impl Weights {
             shared: Arc::new(Shared {
                 source,
                 options,
+                schemes: Vec::new(),
                 initializer_range,
                 base_prefix,
                 used: Mutex::default(),
@@ -136,6 +181,8 @@ impl Weights {
                 products: Mutex::default(),
             }),
             prefix: String::new(),
+            role: Role::Linear,
+            kept: &[],
         }
     }
 
@@ -144,7 +191,40 @@ impl Weights {
         Self {
             shared: self.shared.clone(),
             prefix: self.full(&name.to_string()),
+            role: self.role,
+            kept: self.kept,
         }
+    }
+
+    /// The same place, where linear layers whose names end with one of `names` are kept: Transformers never quantizes them.
+    #[must_use]
+    pub fn keeping(&self, names: &'static [&'static str]) -> Self {
+        Self {
+            kept: names,
+            ..self.clone()
+        }
+    }
+
+    /// The place of that whole name.
+    pub(crate) fn at(&self, prefix: String) -> Self {
+        Self {
+            prefix,
+            ..self.clone()
+        }
+    }
+
+    /// What a matrix here is for.
+    pub(crate) fn role_of(&self, module: &str) -> Role {
+        match module.rsplit('.').next() {
+            Some(last) if self.kept.contains(&last) => Role::Kept,
+            _ => self.role,
+        }
+    }
+
+    /// The same place, whose matrices are for something else than linear layers.
+    #[must_use]
+    pub fn with_role(&self, role: Role) -> Self {
+        Self { role, ..self.clone() }
     }
 
     /// Where parameters live.
@@ -154,13 +234,14 @@ impl Weights {
 
     /// Whether a tensor of this name is stored here. Fresh parameters have every name.
     pub fn contains(&self, name: &str) -> bool {
-        self.shared.source.is_none() || self.stored(&self.full(name)).is_some()
+        self.shared.source.is_none() || self.is_stored(name)
     }
 
     /// Like [`contains`](Self::contains), but false for fresh parameters: for forms of a checkpoint that
     /// only some files have.
     pub fn is_stored(&self, name: &str) -> bool {
-        self.stored(&self.full(name)).is_some()
+        let full = self.full(name);
+        self.stored(&full).is_some() || self.find_module(&full).is_some()
     }
 
     /// Whether both names are stored, with the same shape and values; the second one is then known.
@@ -221,6 +302,9 @@ impl Weights {
     /// A matrix `[out_features, in_features]`, kept packed where the device can multiply with it so.
     pub fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
         let full = self.full(name);
+        if let Some(matrix) = self.stored_module(&full, shape)? {
+            return Ok(matrix);
+        }
         match self.take(&full, &shape)? {
             Some(view) => self.matrix_from(full, view),
             None => Ok(self.dense_matrix(full, self.fresh(shape, Init::Normal))),
@@ -229,6 +313,14 @@ impl Weights {
 
     /// A matrix stored as `[in_features, out_features]`; `shape` is `[out_features, in_features]`.
     pub fn matrix_transposed(&self, name: &str, [out_features, in_features]: [usize; 2]) -> Result<Matrix> {
+        let turned = self.with_role(match self.role {
+            Role::Linear => Role::Conv1d,
+            role => role,
+        });
+        turned.matrix_turned(name, [out_features, in_features])
+    }
+
+    fn matrix_turned(&self, name: &str, [out_features, in_features]: [usize; 2]) -> Result<Matrix> {
         if self
             .shared
             .source
@@ -238,27 +330,38 @@ impl Weights {
             return self.matrix(name, [out_features, in_features]);
         }
         let full = self.full(name);
-        let Some(view) = self.take(&full, &[in_features, out_features])? else {
+        if let Some(matrix) = self.stored_module(&full, [out_features, in_features])? {
+            return Ok(matrix);
+        }
+        let Some(mut view) = self.take(&full, &[in_features, out_features])? else {
             let fresh = self.fresh([out_features, in_features], Init::Normal);
             return Ok(self.dense_matrix(full, fresh));
         };
-        // Copied once into the order that the multiplication reads.
-        let data = self.dense::<2>(&full, &view)?.transpose().into_data();
-        if self.packs() {
-            let values = TensorView {
-                dtype: DType::F32,
-                shape: vec![out_features, in_features],
-                data: data.bytes().to_vec().into(),
-            };
-            return self.matrix_from(full, values);
+        if self.shared.options.survey.is_some() {
+            // Nobody looks at the values.
+            view.shape = vec![out_features, in_features];
+            return self.matrix_from(full, view);
         }
-        let tensor = Tensor::from_data(data, self.device());
-        Ok(self.dense_matrix(full, tensor))
+        // Copied once into the order that the multiplication reads.
+        let values = self.values(&full, &view)?;
+        let values = TensorData::new(values, [in_features, out_features]);
+        let values = Tensor::<2>::from_data(values, &Device::flex())
+            .transpose()
+            .into_data();
+        let turned = TensorView {
+            dtype: DType::F32,
+            shape: vec![out_features, in_features],
+            data: values.bytes().to_vec().into(),
+        };
+        self.matrix_stored_as(full, turned, view.dtype)
     }
 
     /// `shape[0]` matrices `[shape[1], shape[2]]` that are stored as one tensor.
     pub fn matrices(&self, name: &str, shape: [usize; 3]) -> Result<Vec<Matrix>> {
         let full = self.full(name);
+        if let Some(matrices) = self.stored_stack(&full, shape)? {
+            return Ok(matrices);
+        }
         let Some(view) = self.take(&full, &shape)? else {
             return (0..shape[0])
                 .map(|i| {
@@ -344,7 +447,7 @@ impl Weights {
         Ok(std::mem::take(&mut *lock(&self.shared.params)))
     }
 
-    fn full(&self, name: &str) -> String {
+    pub(crate) fn full(&self, name: &str) -> String {
         match (self.prefix.as_str(), name) {
             ("", name) => name.to_string(),
             (prefix, "") => prefix.to_string(),
@@ -353,7 +456,7 @@ impl Weights {
     }
 
     /// The name under which the source holds `full`.
-    fn stored<'a>(&self, full: &'a str) -> Option<&'a str> {
+    pub(crate) fn stored<'a>(&self, full: &'a str) -> Option<&'a str> {
         let source = self.shared.source.as_ref()?;
         if source.contains(full) {
             return Some(full);
@@ -415,13 +518,40 @@ impl Weights {
     }
 
     fn matrix_from(&self, full: String, view: TensorView) -> Result<Matrix> {
+        let dtype = view.dtype;
+        self.matrix_stored_as(full, view, dtype)
+    }
+
+    /// A matrix of values that the checkpoint has as `dtype`.
+    fn matrix_stored_as(&self, full: String, view: TensorView, dtype: DType) -> Result<Matrix> {
+        if let Some(matrix) = self.quantized(&full, &view, dtype)? {
+            return Ok(matrix);
+        }
         if self.packs()
             && let Some(packed) = oxiformers_quant::pack(&view)
         {
-            return Ok(Matrix::packed(packed).observed(&full, self.shared.options.observer.as_ref()));
+            return self.packed_matrix(full, packed);
         }
         let tensor = self.dense(&full, &view)?;
         Ok(self.dense_matrix(full, tensor))
+    }
+
+    /// A matrix in a form that is multiplied so where the device can.
+    pub(crate) fn packed_matrix(&self, full: String, packed: Arc<dyn PackedMatrix>) -> Result<Matrix> {
+        if let Some(survey) = &self.shared.options.survey {
+            let stored = self.stored(&full).map(str::to_string);
+            let role = self.role_of(crate::quantized::module_of(&full));
+            survey.note(full.clone(), stored, role, packed.as_ref());
+        }
+        if self.packs() {
+            let observer = self.shared.options.observer.as_ref();
+            return Ok(Matrix::packed(packed).observed(&full, observer));
+        }
+        let [rows, columns] = packed.shape();
+        let mut values = vec![0.0; rows * columns];
+        packed.dequantize_rows(0..rows, &mut values);
+        let data = TensorData::new(values, [rows, columns]);
+        Ok(self.dense_matrix(full, self.cast(Tensor::from_data(data, self.device()))))
     }
 
     fn dense_matrix(&self, full: String, tensor: Tensor<2>) -> Matrix {
@@ -435,45 +565,28 @@ impl Weights {
     }
 
     fn dense<const D: usize>(&self, name: &str, view: &TensorView) -> Result<Tensor<D>> {
-        let values = to_f32(view).map_err(|reason| Error::Dtype {
-            origin: self
-                .shared
-                .source
-                .as_ref()
-                .map(|s| s.origin())
-                .unwrap_or_default(),
-            name: name.to_string(),
-            dtype: format!("{:?}", view.dtype),
-            reason,
-        })?;
+        let values = self.values(name, view)?;
         let data = TensorData::new(values, Shape::from(view.shape.clone()));
         Ok(self.cast(Tensor::from_data(data, self.device())))
     }
-}
 
-/// Any stored float tensor as f32 values, row-major.
-///
-/// # Errors
-/// Says why the type does not fit.
-pub fn to_f32(view: &TensorView) -> Result<Vec<f32>, String> {
-    fn each<const N: usize>(bytes: &[u8], f: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-        bytes.as_chunks::<N>().0.iter().map(|b| f(*b)).collect()
+    fn values(&self, name: &str, view: &TensorView) -> Result<Vec<f32>> {
+        to_f32(view).map_err(|reason| Error::Dtype {
+            origin: self.origin(),
+            name: name.to_string(),
+            dtype: format!("{:?}", view.dtype),
+            reason,
+        })
     }
-    Ok(match view.dtype {
-        DType::F32 => each(&view.data, f32::from_le_bytes),
-        DType::F64 => each(&view.data, |b: [u8; 8]| f64::from_le_bytes(b) as f32),
-        DType::F16 => each(&view.data, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
-        DType::BF16 => each(&view.data, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32()),
-        DType::Ggml(ty) => {
-            let mut values = vec![0.0; view.shape.iter().product()];
-            ggml::dequantize(ty, &view.data, &mut values).map_err(|error| error.to_string())?;
-            values
-        }
-        _ => return Err("is no float type that parameters can have".to_string()),
-    })
+
+    /// What to call the checkpoint in messages.
+    pub(crate) fn origin(&self) -> String {
+        let source = self.shared.source.as_ref();
+        source.map(|source| source.origin()).unwrap_or_default()
+    }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing that runs under these locks can leave the data half-changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,10 +6,29 @@ use std::sync::Arc;
 use oxiformers_hub::checkpoint::{DType, TensorView};
 pub use oxiformers_kernels::PackedMatrix;
 
+pub mod bitnet;
+pub mod bitsandbytes;
+pub mod bnb_4bit;
 pub mod codes;
+pub mod compressed_tensors;
+pub mod config;
 pub mod float;
+pub mod fp8;
 pub mod ggml;
 pub mod gguf;
+pub mod llm_int8;
+pub mod mxfp4;
+pub mod named;
+pub mod recipe;
+pub mod scheme;
+mod sum;
+pub mod values;
+
+pub use config::QuantizationConfig;
+pub use named::MethodOptions;
+pub use recipe::Recipe;
+pub use scheme::{Dense, Parts, Scheme};
+pub use values::to_f32;
 
 /// Keeps a stored matrix `[out_features, in_features]` in its storage format, or `None` where that is no format that
 /// can be multiplied with.

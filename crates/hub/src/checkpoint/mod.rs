@@ -13,7 +13,7 @@ use crate::{Error, ModelFiles, Result};
 
 pub mod gguf;
 mod pickle;
-mod safetensors;
+pub mod safetensors;
 mod torch;
 
 use gguf::GgmlType;

@@ -9,6 +9,12 @@ use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Vi
 use super::{DType, TensorInfo, shards};
 use crate::{Error, ModelFiles, Result};
 
+#[cfg(not(target_arch = "wasm32"))]
+mod write;
+
+#[cfg(not(target_arch = "wasm32"))]
+pub use write::{MAX_SHARD_SIZE, Writer};
+
 /// The safetensors files of a model, if it has any.
 pub(super) fn files(files: &ModelFiles) -> Result<Option<Vec<String>>> {
     if files.contains("model.safetensors") {
