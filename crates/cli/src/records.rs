@@ -77,13 +77,28 @@ fn from_lines(lines: impl BufRead + 'static, format: Format, name: String) -> an
 
 #[cfg(feature = "parquet")]
 fn from_parquet(file: File, name: String) -> anyhow::Result<Records> {
-    let reader = parquet::file::reader::SerializedFileReader::new(file).with_context(|| name.clone())?;
-    Ok(Box::new(reader.into_iter().enumerate().map(
-        move |(index, row)| {
-            let row = row.with_context(|| format!("{name}: row {}", index + 1))?;
-            Ok(row.to_json_value())
-        },
-    )))
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// The reader panics at some files that are broken.
+    fn read<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> anyhow::Result<T> {
+        match catch_unwind(AssertUnwindSafe(read)) {
+            Ok(read) => Ok(read?),
+            Err(_) => Err(anyhow!("the file is broken")),
+        }
+    }
+
+    let open = || parquet::file::reader::SerializedFileReader::new(file);
+    let mut rows = read(open).with_context(|| name.clone())?.into_iter();
+    let (mut number, mut broken) = (0, false);
+    Ok(Box::new(std::iter::from_fn(move || {
+        if broken {
+            return None;
+        }
+        number += 1;
+        let row = read(|| rows.next().map(|row| Ok(row?.to_json_value())).transpose());
+        broken = row.is_err();
+        row.with_context(|| format!("{name}: row {number}")).transpose()
+    })))
 }
 
 #[cfg(not(feature = "parquet"))]
