@@ -9,10 +9,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::Scheme;
+use crate::awq::AwqConfig;
 use crate::bitnet::BitNetQuantConfig;
 use crate::bitsandbytes::BitsAndBytesConfig;
 use crate::compressed_tensors::CompressedTensorsConfig;
 use crate::fp8::FineGrainedFP8Config;
+use crate::gptq::GptqConfig;
+use crate::hqq::HqqConfig;
 use crate::mxfp4::Mxfp4Config;
 
 /// What is wrong with a `quantization_config`, or with how a model is to be quantized.
@@ -164,6 +167,12 @@ macro_rules! methods {
 methods! {
     /// LLM.int8(), NF4 and FP4.
     BitsAndBytes(BitsAndBytesConfig) = "bitsandbytes";
+    /// Codes that calibration chose.
+    Gptq(GptqConfig) = "gptq";
+    /// Codes of weights that calibration scaled.
+    Awq(AwqConfig) = "awq";
+    /// Codes with zero points that need no calibration.
+    Hqq(HqqConfig) = "hqq";
     /// -1, 0 and 1.
     BitNet(BitNetQuantConfig) = "bitnet";
     /// llm-compressor's.

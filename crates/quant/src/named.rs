@@ -6,6 +6,7 @@ use crate::bitsandbytes::BitsAndBytesConfig;
 use crate::compressed_tensors::CompressedTensorsConfig;
 use crate::config::{ConfigError, Method};
 use crate::fp8::FineGrainedFP8Config;
+use crate::hqq::HqqConfig;
 
 /// What can be said of a method besides its name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,7 +18,7 @@ pub struct MethodOptions {
 }
 
 /// The names that [`QuantizationConfig::named`] knows.
-pub const NAMES: &[&str] = &["int8", "nf4", "fp4", "bitnet", "fp8", "w4a16", "w8a16"];
+pub const NAMES: &[&str] = &["int8", "nf4", "fp4", "hqq", "bitnet", "fp8", "w4a16", "w8a16"];
 
 impl QuantizationConfig {
     /// The configuration of a method by its name: one of [`NAMES`].
@@ -40,6 +41,10 @@ impl QuantizationConfig {
                 blocksize: options.block_size.unwrap_or(64),
                 ..BitsAndBytesConfig::default()
             })?,
+            "hqq" => {
+                options.refuse(name, ["--double-quant"])?;
+                check(HqqConfig::new(4, Some(options.block_size.unwrap_or(64))))?
+            }
             "bitnet" => {
                 options.refuse(name, ["--block-size", "--double-quant"])?;
                 check(BitNetQuantConfig::default())?
