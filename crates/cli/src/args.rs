@@ -387,6 +387,8 @@ pub struct QuantizeArgs {
     /// Quantize scales, too.
     #[arg(long)]
     pub double_quant: bool,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
     /// Modules to leave as they are, as Transformers matches names: the beginning, in whole parts and as a regular
     /// expression, or the end; may be repeated. Output layers are left as they are anyway.
     #[arg(long, value_name = "PATTERN")]
@@ -413,6 +415,51 @@ pub struct QuantizeArgs {
     /// Number of CPU threads [default: one per core].
     #[arg(long, env = "OXIFORMERS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+}
+
+/// What GPTQ, AWQ and HQQ want to know.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "GPTQ, AWQ and HQQ")]
+pub struct CalibrationArgs {
+    /// A text like those that the model will read: what GPTQ and AWQ look at.
+    #[arg(long = "calibration", value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Samples of the text.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub num_samples: usize,
+    /// Tokens of a sample.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub seq_len: usize,
+    /// Bits of a code [default: 4].
+    #[arg(long, value_name = "N")]
+    pub bits: Option<u32>,
+    /// Columns that share a scale, or -1 for whole rows [default: 128; of HQQ, 64].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub group_size: Option<i64>,
+    /// Zero points in the middle of the codes, the default of GPTQ.
+    #[arg(long, overrides_with = "no_sym")]
+    pub sym: bool,
+    /// Zero points where they fit best.
+    #[arg(long)]
+    pub no_sym: bool,
+    /// Round columns in the order of their inputs' size, wherever that leads.
+    #[arg(long)]
+    pub desc_act: bool,
+    /// Round columns in the order in which they stand, not groups in the order of their inputs' size.
+    #[arg(long)]
+    pub no_act_group_aware: bool,
+    /// Choose all scales before the first column is rounded.
+    #[arg(long)]
+    pub static_groups: bool,
+    /// Look at all linear layers of a layer at once, before any of them is quantized: quicker, and a little worse.
+    #[arg(long)]
+    pub no_true_sequential: bool,
+    /// What is added to the diagonal of the Hessian, as a part of its mean [default: 0.1].
+    #[arg(long, value_name = "P")]
+    pub damp_percent: Option<f32>,
+    /// Search for ranges with a smaller sum of |error|^P; 2.4 is usual [default: no search].
+    #[arg(long, value_name = "P")]
+    pub mse: Option<f32>,
 }
 
 /// How weights are narrowed.

@@ -16,6 +16,8 @@ use oxiformers::{Tokenizer, device};
 use crate::args::{Dtype, Method, QuantizeArgs};
 use crate::{interrupt, session};
 
+mod calibrated;
+
 pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     if let Some(threads) = args.threads {
         device::set_threads(threads.into());
@@ -28,9 +30,19 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
 
 /// What becomes of the modules of a model.
 fn recipe(args: &QuantizeArgs, name: &str) -> anyhow::Result<Recipe> {
+    let more = &args.calibration;
     let options = MethodOptions {
         block_size: args.block_size,
         double_quant: args.double_quant,
+        bits: more.bits,
+        group_size: more.group_size,
+        sym: (more.sym || more.no_sym).then_some(!more.no_sym),
+        desc_act: more.desc_act,
+        act_group_aware: more.no_act_group_aware.then_some(false),
+        static_groups: more.static_groups,
+        true_sequential: more.no_true_sequential.then_some(false),
+        damp_percent: more.damp_percent,
+        mse: more.mse,
     };
     let mut config = QuantizationConfig::named(name, &options)?;
     if !args.skip.is_empty() {
@@ -39,7 +51,15 @@ fn recipe(args: &QuantizeArgs, name: &str) -> anyhow::Result<Recipe> {
     let overrides = args.overrides.iter().map(|(pattern, name)| {
         let config = match name.as_str() {
             "none" => None,
-            name => Some(QuantizationConfig::named(name, &MethodOptions::default())?),
+            name => {
+                let config = QuantizationConfig::named(name, &MethodOptions::default())?;
+                if config.is_calibrated() {
+                    bail!(
+                        "--override: {name} is calibrated, which only the method of the whole model can be"
+                    );
+                }
+                Some(config)
+            }
         };
         Ok((pattern.clone(), config))
     });
@@ -57,7 +77,8 @@ fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
         Dtype::F16 => Some(DType::F16),
         Dtype::Bf16 => Some(DType::BF16),
     };
-    let plan = QuantizePlan::new(&files, recipe(args, name)?, dtype)?;
+    let recipe = recipe(args, name)?;
+    let plan = QuantizePlan::new(&files, recipe.clone(), dtype)?;
     let tensors: Vec<PlannedTensor> = plan.tensors().collect();
     let after: usize = tensors.iter().map(|tensor| tensor.num_bytes).sum();
     let sizes = format!(
@@ -80,16 +101,28 @@ fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
             output.display()
         );
     }
+    let calibrated = if recipe.config.is_calibrated() {
+        Some(calibrated::Calibrated::new(args, &files, &recipe, output)?)
+    } else {
+        None
+    };
     let bar = progress(plan.num_bytes_read());
     // What is half-written is removed before the program ends.
     interrupt::watch();
-    let done = plan.write(output, args.max_shard_size, |bytes| {
+    let told = |bytes: usize| {
         bar.inc(bytes as u64);
         !interrupt::happened()
-    });
+    };
+    let done = match &calibrated {
+        Some(calibrated) => plan.write_calibrated(calibrated.source(), output, args.max_shard_size, told),
+        None => plan.write(output, args.max_shard_size, told),
+    };
     bar.finish_and_clear();
     done?;
     interrupt::unwatch();
+    if let Some(calibrated) = calibrated {
+        calibrated.finish();
+    }
     if files.gguf().is_some() {
         write_tokenizer(&files, output)?;
     }

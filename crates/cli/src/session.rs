@@ -107,6 +107,11 @@ pub fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
     let quantization = match run.quantize.as_deref() {
         Some(name) => {
             let config = QuantizationConfig::named(name, &MethodOptions::default())?;
+            if config.is_calibrated() {
+                bail!(
+                    "{name} looks at a text first: `oxiformers quantize MODEL --method {name} --calibration FILE` writes a model that is then loaded as it is"
+                );
+            }
             Some(Arc::new(config.into()))
         }
         None => None,

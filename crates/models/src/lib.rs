@@ -17,6 +17,8 @@ use oxiformers_nn::{
 
 pub mod auto;
 pub mod auto_encoder;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod calibration;
 pub mod error;
 pub mod fields;
 pub mod gguf;

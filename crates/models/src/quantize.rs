@@ -8,6 +8,7 @@ use std::sync::Arc;
 use oxiformers_hub::checkpoint::safetensors::Writer;
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorInfo, TensorView};
 use oxiformers_hub::{Error as HubError, ModelFiles, OutputFile};
+use oxiformers_nn::quant::config::ConfigError;
 use oxiformers_nn::quant::scheme::Plan;
 use oxiformers_nn::quant::values::{from_f32, to_f32};
 use oxiformers_nn::quant::{self, Dense, Recipe, Scheme};
@@ -57,6 +58,28 @@ pub fn survey(files: &ModelFiles) -> Result<Vec<SurveyedMatrix>> {
         (Kind::EncoderDecoder | Kind::Encoder, _) => auto_encoder::load_as_saved(files, &options)?,
     }
     Ok(survey.matrices())
+}
+
+/// The scheme that a matrix becomes, if it is one that is quantized.
+///
+/// Experts are left as they are where they share a tensor, and where Transformers would expect them to; GPTQ and AWQ,
+/// whose libraries know every expert as linear layers, take those that have tensors of their own.
+///
+/// # Errors
+/// As [`Recipe::scheme`].
+pub(crate) fn scheme_of(
+    recipe: &Recipe,
+    matrix: &SurveyedMatrix,
+) -> std::result::Result<Option<Arc<dyn Scheme>>, ConfigError> {
+    let taken = match matrix.role {
+        Role::Linear | Role::Conv1d | Role::Output => true,
+        Role::Expert => recipe.config.is_calibrated(),
+        Role::Kept => false,
+    };
+    if !taken || matrix.stored.is_none() {
+        return Ok(None);
+    }
+    recipe.scheme(matrix.module(), matrix.role == Role::Output)
 }
 
 /// What becomes of a tensor.
@@ -158,10 +181,8 @@ impl QuantizePlan {
             };
             let conv1d = matrix.is_some_and(|matrix| matrix.role == Role::Conv1d);
             let scheme = match matrix {
-                Some(matrix) if matrix.role != Role::Kept && matrix.role != Role::Expert => recipe
-                    .scheme(matrix.module(), matrix.role == Role::Output)
-                    .map_err(|error| refused(error.0))?,
-                _ => None,
+                Some(matrix) => scheme_of(&recipe, matrix).map_err(|error| refused(error.0))?,
+                None => None,
             };
             let fate = match (scheme, matrix) {
                 (Some(scheme), Some(matrix)) => {
@@ -245,6 +266,21 @@ impl QuantizePlan {
         &self,
         folder: &Path,
         max_shard_size: u64,
+        progress: impl FnMut(usize) -> bool,
+    ) -> Result<(), QuantizeError> {
+        self.write_calibrated(self.source.as_ref(), folder, max_shard_size, progress)
+    }
+
+    /// Like [`write`](Self::write), with tensors from `source`: of the modules that are quantized there, what they became,
+    /// and of others the values that they have there.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn write_calibrated(
+        &self,
+        source: &dyn TensorSource,
+        folder: &Path,
+        max_shard_size: u64,
         mut progress: impl FnMut(usize) -> bool,
     ) -> Result<(), QuantizeError> {
         let (mut tensors, mut late) = (Vec::new(), Vec::new());
@@ -267,11 +303,14 @@ impl QuantizePlan {
         }
         let mut writer = Writer::create(folder, &tensors, &late, max_shard_size)?;
         for item in &self.items {
-            let view = self.source.tensor(&item.name)?;
-            let stored = view.data.clone();
-            self.write_item(&mut writer, item, view)?;
-            oxiformers_hub::release(&stored);
-            if !progress(stored.len()) {
+            let size = item.info.dtype.num_bytes(&item.info.shape).unwrap_or(0);
+            if !self.write_done(&mut writer, item, source)? {
+                let view = source.tensor(&item.name)?;
+                let stored = view.data.clone();
+                self.write_item(&mut writer, item, view)?;
+                oxiformers_hub::release(&stored);
+            }
+            if !progress(size) {
                 return Err(QuantizeError::Interrupted);
             }
         }
@@ -283,6 +322,28 @@ impl QuantizePlan {
         write_file(folder, "config.json", format!("{:#}\n", self.config).as_bytes())?;
         writer.finish()?;
         Ok(())
+    }
+
+    /// Writes a module that is quantized already; returns whether it is.
+    fn write_done(
+        &self,
+        writer: &mut Writer,
+        item: &Item,
+        source: &dyn TensorSource,
+    ) -> Result<bool, QuantizeError> {
+        let Fate::Quantized { plan, .. } = &item.fate else {
+            return Ok(false);
+        };
+        let named = |info: &TensorInfo| format!("{}{}", module(&item.name), info.name);
+        if source.contains(&item.name) || !plan.tensors.iter().all(|info| source.contains(&named(info))) {
+            return Ok(false);
+        }
+        for info in &plan.tensors {
+            let view = source.tensor(&named(info))?;
+            writer.write_bytes(&named(info), &view.data)?;
+            oxiformers_hub::release(&view.data);
+        }
+        Ok(true)
     }
 
     fn write_item(&self, writer: &mut Writer, item: &Item, view: TensorView) -> Result<(), QuantizeError> {
@@ -351,7 +412,7 @@ fn turned_shape(shape: &[usize], turned: bool) -> Vec<usize> {
     }
 }
 
-fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
+pub(crate) fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
     let column = |column: usize| values.iter().skip(column).step_by(columns.max(1)).take(rows);
     (0..columns).flat_map(column).copied().collect()
 }

@@ -206,6 +206,21 @@ macro_rules! architectures {
                 match self { $(Self::$variant(model) => model.hidden_states(input_ids, cache),)+ }
             }
 
+            /// Number of layers.
+            pub fn num_layers(&self) -> usize {
+                match self { $(Self::$variant(model) => model.num_layers(),)+ }
+            }
+
+            /// See [`Decoder::embed`].
+            pub fn embed(&self, input_ids: Tensor<2, Int>) -> Tensor<3> {
+                match self { $(Self::$variant(model) => model.embed(input_ids),)+ }
+            }
+
+            /// See [`Decoder::run_layer`].
+            pub fn run_layer(&self, index: usize, x: Tensor<3>) -> Tensor<3> {
+                match self { $(Self::$variant(model) => model.run_layer(index, x),)+ }
+            }
+
             /// See [`Decoder::forward`].
             pub fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
                 match self { $(Self::$variant(model) => model.forward(input_ids, cache, logits_for),)+ }

@@ -167,6 +167,23 @@ impl<L: DecoderLayer> Decoder<L> {
         self.stack.append(input_ids, cache, false).last_hidden_state
     }
 
+    /// What the first layer gets for the whole sequences `input_ids` `[batch, seq]`: `[batch, seq, hidden_size]`.
+    pub fn embed(&self, input_ids: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, seq] = input_ids.dims();
+        let mut cache = self.new_cache(CacheKind::Dynamic, vec![0; batch]);
+        let mut cx = Context::new(&mut cache, seq, input_ids.device());
+        self.stack.embed(input_ids, &mut cx)
+    }
+
+    /// What the layer `index` makes of the hidden states of whole sequences `[batch, seq, hidden_size]`: how calibration
+    /// runs a model, one layer over all texts before the next one.
+    pub fn run_layer(&self, index: usize, x: Tensor<3>) -> Tensor<3> {
+        let [batch, seq, _] = x.dims();
+        let mut cache = self.new_cache(CacheKind::Dynamic, vec![0; batch]);
+        let mut cx = Context::new(&mut cache, seq, x.device());
+        self.stack.run_layer(index, x, &mut cx)
+    }
+
     /// Logits `[batch, seq or 1, vocab_size]`; the tokens `[batch, seq]` are appended to `cache`.
     pub fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
         let mut x = self.hidden_states(input_ids, cache);

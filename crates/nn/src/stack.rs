@@ -38,8 +38,8 @@ impl<L: DecoderLayer> Stack<L> {
         }
     }
 
-    /// Hidden states of `input_ids` `[batch, seq]`; with `keep`, also the embeddings and what each layer made of them.
-    pub fn forward(&self, input_ids: Tensor<2, Int>, cx: &mut Context, keep: bool) -> EncoderOutput {
+    /// What the first layer gets for `input_ids` `[batch, seq]`: `[batch, seq, hidden_size]`.
+    pub fn embed(&self, input_ids: Tensor<2, Int>, cx: &mut Context) -> Tensor<3> {
         let mut x = self.embed_tokens.forward(input_ids);
         if self.embed_scale != 1.0 {
             x = x * self.embed_scale;
@@ -54,11 +54,22 @@ impl<L: DecoderLayer> Stack<L> {
         if let Some(norm) = &self.embed_norm {
             x = norm.forward(x);
         }
+        x
+    }
+
+    /// What the layer `index` makes of what it gets.
+    pub fn run_layer(&self, index: usize, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
+        cx.enter_layer(index);
+        self.layers[index].forward(x, cx)
+    }
+
+    /// Hidden states of `input_ids` `[batch, seq]`; with `keep`, also the embeddings and what each layer made of them.
+    pub fn forward(&self, input_ids: Tensor<2, Int>, cx: &mut Context, keep: bool) -> EncoderOutput {
+        let mut x = self.embed(input_ids, cx);
         let mut hidden_states = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
+        for index in 0..self.layers.len() {
             hidden_states.extend(keep.then(|| x.clone()));
-            cx.enter_layer(index);
-            x = layer.forward(x, cx);
+            x = self.run_layer(index, x, cx);
         }
         if let Some(norm) = &self.norm {
             x = norm.forward(x);

@@ -184,6 +184,11 @@ methods! {
 }
 
 impl QuantizationConfig {
+    /// Whether the method looks at what weights are multiplied with.
+    pub fn is_calibrated(&self) -> bool {
+        matches!(self, Self::Gptq(_) | Self::Awq(_))
+    }
+
     /// Reads a `quantization_config`.
     ///
     /// # Errors

@@ -216,10 +216,11 @@ impl Gptq {
     /// Checks that a matrix can be stored so that other libraries read it.
     fn check_shape(&self, [out_features, in_features]: [usize; 2]) -> Result<(), String> {
         self.check()?;
-        if !out_features.is_multiple_of(32) || !in_features.is_multiple_of(32) {
+        let whole = |count: usize| (count * self.bits as usize).is_multiple_of(32);
+        if !whole(out_features) || !whole(in_features) {
             return Err(format!(
-                "has the shape [{out_features}, {in_features}]; GPTQ stores matrices whose sides are multiples of 32, \
-                 so leave this one as it is"
+                "has the shape [{out_features}, {in_features}]; GPTQ stores matrices whose rows and columns of codes \
+                 fill whole words of 32 bits, so leave this one as it is"
             ));
         }
         Ok(())

@@ -252,7 +252,7 @@ fn what_is_wrong_is_named() {
         scheme
             .plan([30, 64], DType::F16)
             .unwrap_err()
-            .contains("multiples of 32")
+            .contains("whole words of 32 bits")
     );
 }
 
