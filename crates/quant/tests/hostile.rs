@@ -70,7 +70,7 @@ proptest! {
             let (dtype, shape) = if right[at] { (dtype, shape) } else { (DTYPES[given[at].0], given[at].1.clone()) };
             // Groups that are often there, in any order.
             let byte = |i: usize| match ending {
-                ".g_idx" if i % 4 == 0 => (i as u8 / 4).wrapping_mul(seed | 1) % (groups as u8).max(1),
+                ".g_idx" if i.is_multiple_of(4) => (i as u8 / 4).wrapping_mul(seed | 1) % (groups as u8).max(1),
                 ".g_idx" => 0,
                 _ => (i as u8).wrapping_mul(31).wrapping_add(seed),
             };
