@@ -39,7 +39,11 @@ fn recipe(method: &str, bits: Option<u32>) -> Recipe {
         group_size: Some(8),
         ..MethodOptions::default()
     };
-    QuantizationConfig::named(method, &options).unwrap().into()
+    Recipe {
+        // A single row, which no word of 32 bits holds.
+        overrides: vec![("shared_expert_gate".to_string(), None)],
+        ..QuantizationConfig::named(method, &options).unwrap().into()
+    }
 }
 
 /// Quantizes `files` and returns the folder.

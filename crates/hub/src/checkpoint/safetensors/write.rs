@@ -411,7 +411,8 @@ mod tests {
             let len = info.dtype.num_bytes(&info.shape).unwrap();
             (0..len).map(|i| i as u8 ^ info.name.as_bytes()[0]).collect()
         };
-        for (limit, files) in [(MAX_SHARD_SIZE, 1), (10, 3)] {
+        // `b` is larger than a file, `c` and `d` do not fit into one together.
+        for (limit, files) in [(MAX_SHARD_SIZE, 1), (10, 4)] {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("new");
             std::fs::create_dir(&path).unwrap();
