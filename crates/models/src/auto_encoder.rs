@@ -286,12 +286,14 @@ impl AutoModelForTableQuestionAnswering {
 }
 
 /// The task whose class a checkpoint was saved from, as its configuration says.
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn task_of(config: &AutoConfig) -> Task {
     let class = config.json.pointer("/architectures/0").and_then(Value::as_str);
     class.map_or(Task::Base, Task::of_class)
 }
 
 /// Loads a model that judges texts with the head that it was saved with, only to see what it is made of.
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn load_as_saved(files: &ModelFiles, options: &LoadOptions) -> Result<()> {
     let (config, weights) = open(files, options)?;
     let task = task_of(&config);

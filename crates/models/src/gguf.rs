@@ -314,6 +314,7 @@ impl Source {
     }
 
     /// The names of all tensors in the order of `stored`, GGUF's names.
+    #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn names_in_order<'a>(&self, stored: impl Iterator<Item = &'a str>) -> Vec<String> {
         let mut by_stored: HashMap<&str, Vec<(usize, &String)>> = HashMap::new();
         for (name, place) in &self.names {
