@@ -26,7 +26,7 @@ impl From<QuantizationConfig> for Recipe {
 
 impl Recipe {
     /// The scheme that a module (`model.layers.0.mlp.up_proj`) becomes; `None` where it stays as it is. Patterns are
-    /// Transformers': see [`matches`]. `makes_logits` says that it is an output layer.
+    /// Transformers': see [`matches()`]. `makes_logits` says that it is an output layer.
     ///
     /// # Errors
     /// A pattern that is no regular expression, or a method that cannot quantize.

@@ -146,7 +146,7 @@ impl Grouped {
 /// Rounds each weight to the nearest code of its group: what every other way is better than.
 ///
 /// # Errors
-/// As [`check`] and [`half`].
+/// As [`check`] and [`half()`].
 pub fn round_to_nearest(
     weight: &[f32],
     [rows, columns]: [usize; 2],
