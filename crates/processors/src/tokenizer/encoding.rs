@@ -119,7 +119,7 @@ pub struct Encoding {
     pub attention_mask: Vec<u32>,
     /// 1 for tokens that were put around the text (`[CLS]`, padding, …), else 0.
     pub special_tokens_mask: Vec<u32>,
-    /// For each token, the characters of its text that it stands for, `start..end` (see [`char_range`]);
+    /// For each token, the characters of its text that it stands for, `start..end` (see [`Characters`]);
     /// `(0, 0)` for what was put around.
     pub offsets: Vec<(usize, usize)>,
     /// For each token, the number of its word within its text.
