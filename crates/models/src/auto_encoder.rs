@@ -163,6 +163,7 @@ impl<T: TaskType> AutoModelFor<T> {
 
     fn load(config: AutoConfig, weights: &Weights, options: &LoadOptions, model: &str) -> Result<Self> {
         let labels = Labels::from_json(&config.json).map_err(Error::of(model))?;
+        let labels = with_adapters(labels, &config, options);
         let (encoder, head) = load(&config, weights, T::TASK, model, |c, w, encoder| {
             c.load_head(T::TASK, w, encoder, labels.len())
         })?;
@@ -195,6 +196,30 @@ impl<T: TaskType> AutoModelFor<T> {
     /// Where it runs.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+}
+
+/// As many labels as the head has that an adapter brings, where the model itself knows of none.
+fn with_adapters(labels: Labels, config: &AutoConfig, options: &LoadOptions) -> Labels {
+    const HEADS: [&str; 4] = [
+        "classifier",
+        "classifier.out_proj",
+        "score",
+        "classification_head.out_proj",
+    ];
+    let known = ["id2label", "num_labels"]
+        .iter()
+        .any(|field| config.json.get(*field).is_some());
+    let brought = HEADS.iter().find_map(|head| {
+        let name = format!("{head}.weight");
+        options
+            .adapters
+            .iter()
+            .find_map(|adapter| adapter.shape_of(&name)?.first().copied())
+    });
+    match brought {
+        Some(count) if !known => labels.resized(count),
+        _ => labels,
     }
 }
 

@@ -240,9 +240,8 @@ impl Config {
             (true, None) => (&SHARED[..], self.vocab_size),
             (true, Some(size)) => (&SHARED[1..2], size),
         };
-        let mut linear = tables
-            .load("lm_head", tied, vocab_size, self.d_model)?
-            .tied_output();
+        let table = tables.load("lm_head", tied, vocab_size, self.d_model)?;
+        let mut linear = table.tied_output(&tables.at("lm_head"))?;
         linear.bias = load_logits_bias(w, "final_logits_bias", vocab_size)?;
         Ok(LmHead { linear, scale: 1.0 })
     }

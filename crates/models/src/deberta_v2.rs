@@ -425,7 +425,7 @@ impl EncoderArchitecture for Config {
             Task::MaskedLM => {
                 let at = w.pp("lm_predictions.lm_head");
                 let dense = Linear::load(&at.pp("dense"), hidden, hidden, true)?;
-                let mut output = table.tied_output();
+                let mut output = table.tied_output(&w.pp("lm_predictions.lm_head"))?;
                 output.bias = Some(at.param("bias", [c.vocab_size], Init::Zeros)?);
                 let head = of_tokens().dense(dense, c.hidden_act);
                 head.norm(self.norm(&at.pp("LayerNorm"))?).output(output)

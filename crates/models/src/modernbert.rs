@@ -181,7 +181,7 @@ impl EncoderArchitecture for Config {
         let (table, tied) = (&model.embeddings.word_embeddings, self.tie_word_embeddings);
         let output = match (self.decoder_bias, tied) {
             (true, _) => vocabulary_output(w, ["decoder", "decoder.bias"], table, tied)?,
-            (false, true) => table.tied_output(),
+            (false, true) => table.tied_output(&w.pp("decoder"))?,
             (false, false) => Linear::load(
                 &w.pp("decoder").with_role(Role::Output),
                 hidden,

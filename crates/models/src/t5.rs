@@ -207,7 +207,7 @@ impl Config {
         let tied = ["shared", "decoder.embed_tokens", "encoder.embed_tokens"];
         let table = tables.load("lm_head", &tied, self.vocab_size, self.d_model)?;
         Ok(LmHead {
-            linear: table.tied_output(),
+            linear: table.tied_output(&tables.at("lm_head"))?,
             scale: if scaled {
                 (self.d_model as f64).powf(-0.5)
             } else {

@@ -178,6 +178,13 @@ impl Labels {
         })
     }
 
+    /// The same, for another number of labels.
+    #[must_use]
+    pub fn resized(mut self, num_labels: usize) -> Self {
+        self.num_labels = num_labels;
+        self
+    }
+
     /// Number of labels.
     pub fn len(&self) -> usize {
         self.num_labels

@@ -104,7 +104,7 @@ impl<L: DecoderLayer> Decoder<L> {
         let lm_head = if config.tie_word_embeddings {
             // Some checkpoints store the shared weight twice.
             w.ignore(|name| name == format!("{}.weight", config.lm_head));
-            let mut head = embed_tokens.tied_output();
+            let mut head = embed_tokens.tied_output(&w.pp(&config.lm_head))?;
             w.will_multiply(&head.weight);
             if config.lm_head_bias {
                 head.bias = Some(w.pp(&config.lm_head).param(

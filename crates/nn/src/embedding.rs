@@ -5,7 +5,7 @@ use burn::tensor::{Int, Tensor};
 
 use crate::linear::{Linear, Matrix};
 use crate::weights::Role;
-use crate::{Result, Weights};
+use crate::{Result, TargetKind, Weights};
 
 /// A table `[num_embeddings, embedding_dim]`.
 #[derive(Module, Debug)]
@@ -17,10 +17,22 @@ pub struct Embedding {
 impl Embedding {
     /// Loads `weight`.
     pub fn load(w: &Weights, num_embeddings: usize, embedding_dim: usize) -> Result<Self> {
+        Self::load_alone(w, num_embeddings, embedding_dim)?.adapted(w)
+    }
+
+    /// Loads `weight` without adapters.
+    pub(crate) fn load_alone(w: &Weights, num_embeddings: usize, embedding_dim: usize) -> Result<Self> {
         Ok(Self {
             weight: w
                 .with_role(Role::Kept)
                 .matrix("weight", [num_embeddings, embedding_dim])?,
+        })
+    }
+
+    /// The same table with what adapters have for the place `w`.
+    pub(crate) fn adapted(&self, w: &Weights) -> Result<Self> {
+        Ok(Self {
+            weight: w.adapt(self.weight.clone(), None, TargetKind::Embedding)?,
         })
     }
 
@@ -32,8 +44,14 @@ impl Embedding {
             .reshape([batch as isize, seq as isize, -1])
     }
 
-    /// The output layer that shares this table.
-    pub fn tied_output(&self) -> Linear {
-        Linear::from_matrix(self.weight.clone())
+    /// The output layer at `w` that shares this table. Adapters of the table are none of the layer's, which may have some
+    /// of its own.
+    ///
+    /// # Errors
+    /// An adapter that does not fit.
+    pub fn tied_output(&self, w: &Weights) -> Result<Linear> {
+        let weight = self.weight.clone().with_adapters(Vec::new());
+        let weight = w.adapt(weight, None, TargetKind::Output)?;
+        Ok(Linear::from_matrix(weight))
     }
 }

@@ -56,6 +56,14 @@ pub enum Error {
         /// Names of the tensors.
         names: Vec<String>,
     },
+    /// An adapter does not fit the model.
+    #[error("the adapter {adapter}: {message}")]
+    Adapter {
+        /// The adapter.
+        adapter: String,
+        /// Which part does not fit, and why.
+        message: String,
+    },
     /// A field of the configuration is missing, contradictory or not supported.
     #[error("config.json: `{field}`: {message}")]
     Config {

@@ -176,7 +176,7 @@ pub fn vocabulary_output(
     let [vocab_size, width] = table.weight.shape();
     let at = w.pp(decoder);
     let mut output = match tied {
-        true => table.tied_output(),
+        true => table.tied_output(&at)?,
         false => Linear::load(&at.with_role(Role::Output), width, vocab_size, false)?,
     };
     // Checkpoints store the bias under one of two names, or under both, which are then the same if the rest is.

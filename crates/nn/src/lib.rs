@@ -4,6 +4,7 @@
 //! [`burn::tensor::Tensor`]s of whatever device the weights were loaded to. Attention layers share one
 //! [`Context`] per forward pass: positions, masks, rotary tables and the [`Cache`].
 
+pub mod adapter;
 pub mod attention;
 pub mod blocks;
 pub mod cache;
@@ -28,6 +29,7 @@ pub mod stack;
 pub mod survey;
 pub mod weights;
 
+pub use adapter::{Adapter, Switch, Target, TargetKind};
 pub use attention::{Attention, AttentionConfig, Projection, QkNorm};
 pub use blocks::BlockWindows;
 pub use cache::{Cache, CacheKind};

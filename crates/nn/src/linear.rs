@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, linear, linears};
 
-use crate::{Error, Init, Result, RmsNorm, Weights};
+use crate::adapter::{Active, AdapterLayer};
+use crate::{Error, Init, Result, RmsNorm, TargetKind, Weights};
 
 /// Sees what linear layers multiply their weights with: how calibration (importance matrices, GPTQ, AWQ, …) learns
 /// about activations.
@@ -43,6 +44,8 @@ pub struct Matrix {
     observed: Option<Observed>,
     /// What is done with its inputs first.
     input: Option<Input>,
+    /// Parts of adapters.
+    adapters: Vec<AdapterLayer>,
 }
 
 /// `x` `[.., size]`, each row of which becomes whole numbers from -128 to 127 times a scale: its largest absolute value,
@@ -79,6 +82,7 @@ impl Matrix {
             packed: None,
             observed: None,
             input: None,
+            adapters: Vec::new(),
         }
     }
 
@@ -89,6 +93,7 @@ impl Matrix {
             packed: Some(matrix),
             observed: None,
             input: None,
+            adapters: Vec::new(),
         }
     }
 
@@ -106,6 +111,13 @@ impl Matrix {
     #[must_use]
     pub fn with_input(mut self, input: Input) -> Self {
         self.input = Some(input);
+        self
+    }
+
+    /// The same matrix with the parts of adapters instead of those that it has.
+    #[must_use]
+    pub fn with_adapters(mut self, adapters: Vec<AdapterLayer>) -> Self {
+        self.adapters = adapters;
         self
     }
 
@@ -131,6 +143,11 @@ impl Matrix {
         self.packed.as_ref()
     }
 
+    /// Its values, if they are held as floats.
+    pub(crate) fn as_dense(&self) -> Option<&Param<Tensor<2>>> {
+        self.dense.as_ref()
+    }
+
     /// What a product with `x` reads.
     fn weight<const D: usize>(&self, x: &Tensor<D>) -> Weight {
         if let Some(Observed { name, observer }) = &self.observed {
@@ -147,12 +164,47 @@ impl Matrix {
 
     /// `x · Wᵀ + bias`: `[.., in_features]` to `[.., out_features]`.
     pub fn linear<const D: usize>(&self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
+        self.apply(x, bias, None)
+    }
+
+    fn apply<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        bias: Option<Tensor<1>>,
+        act: Option<Activation>,
+    ) -> Tensor<D> {
+        let Some(active) = Active::of(&self.adapters) else {
+            let weight = self.weight(&x);
+            return linear(self.prepare(x), (weight, bias), act);
+        };
+        let (base, bias) = match active.saved() {
+            Some(saved) => (&saved.weight, saved.bias.as_ref().map(Param::val).or(bias)),
+            None => (self, bias),
+        };
+        let scaled = active.before(x.clone());
+        let operand = (base.weight(&scaled), bias.clone());
+        let y = linear(base.prepare(scaled), operand, None);
+        let y = active.after(&x, y, bias.as_ref(), base);
+        act.map_or(y.clone(), |act| act.forward(y))
+    }
+
+    /// `x · Wᵀ` without adapters.
+    pub(crate) fn linear_alone<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let weight = self.weight(&x);
-        linear(self.prepare(x), (weight, bias), None)
+        linear(self.prepare(x), (weight, None), None)
     }
 
     /// The rows `ids` as a dense tensor `[ids.len(), in_features]`.
-    pub fn rows(&self, ids: burn::tensor::Tensor<1, burn::tensor::Int>) -> Tensor<2> {
+    pub fn rows(&self, ids: Tensor<1, Int>) -> Tensor<2> {
+        let Some(active) = Active::of(&self.adapters) else {
+            return self.rows_alone(ids);
+        };
+        let base = active.saved().map_or(self, |saved| &saved.weight);
+        let y = base.rows_alone(ids.clone());
+        active.after_rows(&ids, y, base)
+    }
+
+    fn rows_alone(&self, ids: Tensor<1, Int>) -> Tensor<2> {
         match (&self.packed, &self.dense) {
             (Some(packed), _) => oxiformers_kernels::packed_rows(ids, packed),
             (None, Some(dense)) => dense.val().select(0, ids),
@@ -180,6 +232,7 @@ impl Linear {
         } else {
             None
         };
+        let weight = w.adapt(weight, bias.as_ref(), w.target_kind())?;
         Ok(Self { weight, bias })
     }
 
@@ -189,6 +242,7 @@ impl Linear {
         let weight = w.matrix_transposed("weight", [out_features, in_features])?;
         w.will_multiply(&weight);
         let bias = Some(w.param("bias", [out_features], Init::Zeros)?);
+        let weight = w.adapt(weight, bias.as_ref(), TargetKind::Conv1d)?;
         Ok(Self { weight, bias })
     }
 
@@ -208,23 +262,34 @@ impl Linear {
     }
 
     fn apply<const D: usize>(&self, x: Tensor<D>, act: Option<Activation>) -> Tensor<D> {
-        let operand = self.operand(&x);
-        linear(self.weight.prepare(x), operand, act)
+        self.weight.apply(x, self.bias.as_ref().map(Param::val), act)
     }
 
     /// Several layers over the same input, at once where their weights allow it.
     pub fn forward_all<const D: usize, const N: usize>(layers: [&Self; N], x: Tensor<D>) -> [Tensor<D>; N] {
-        if layers.iter().any(|layer| layer.weight.input.is_some()) {
+        let active = layers.map(|layer| Active::of(&layer.weight.adapters));
+        let apart = active.iter().flatten().any(Active::changes_product);
+        if apart || layers.iter().any(|layer| layer.weight.input.is_some()) {
             return layers.map(|layer| layer.forward(x.clone()));
         }
         let operands = layers.map(|layer| layer.operand(&x));
-        linears(x, operands, None)
+        if active.iter().all(Option::is_none) {
+            return linears(x, operands, None);
+        }
+        let biases = operands.each_ref().map(|(_, bias)| bias.clone());
+        let mut of = layers.iter().zip(active).zip(biases);
+        linears(x.clone(), operands, None).map(|y| match of.next() {
+            Some(((layer, Some(active)), bias)) => active.after(&x, y, bias.as_ref(), &layer.weight),
+            _ => y,
+        })
     }
 
     /// `second(act(first(x)))`: `[.., in_features]` to `[.., out_features]`.
     pub fn feed_forward<const D: usize>(layers: [&Self; 2], x: Tensor<D>, act: Activation) -> Tensor<D> {
         let [first, second] = layers;
-        let changed = layers.iter().any(|layer| layer.weight.input.is_some());
+        let changed =
+            |layer: &&Self| layer.weight.input.is_some() || Active::of(&layer.weight.adapters).is_some();
+        let changed = layers.iter().any(changed);
         if second.weight.observed.is_some() || changed {
             // What is between the two is only known where they are computed one by one.
             return second.forward(first.forward_act(x, act));

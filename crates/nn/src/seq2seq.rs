@@ -246,12 +246,26 @@ impl<'a> TiedTables<'a> {
         }
     }
 
+    /// A place below that of the tables.
+    pub fn at(&self, place: &str) -> Weights {
+        self.w.pp(place)
+    }
+
     /// The table `[rows, width]` at its `own` place, or at the first of the places `tied` to it that the checkpoint has.
     /// One that is stored several times is held once, and one that nothing is made of may be stored.
     ///
     /// # Errors
     /// Where no place has it.
     pub fn load(&mut self, own: &str, tied: &[&str], rows: usize, width: usize) -> Result<Embedding> {
+        let table = self.load_alone(own, tied, rows, width)?;
+        match own {
+            // It becomes a linear layer, which has adapters of another kind.
+            "lm_head" => Ok(table),
+            own => table.adapted(&self.w.pp(own)),
+        }
+    }
+
+    fn load_alone(&mut self, own: &str, tied: &[&str], rows: usize, width: usize) -> Result<Embedding> {
         for place in tied {
             self.w.pp(place).ignore_one("weight");
         }
@@ -267,7 +281,7 @@ impl<'a> TiedTables<'a> {
         if let Some((_, table)) = self.loaded.iter().find(same) {
             return Ok(table.clone());
         }
-        let table = Embedding::load(&self.w.pp(place), rows, width)?;
+        let table = Embedding::load_alone(&self.w.pp(place), rows, width)?;
         self.loaded.push((place.to_string(), table.clone()));
         Ok(table)
     }

@@ -11,9 +11,10 @@ use oxiformers_kernels::threads;
 pub use oxiformers_quant::to_f32;
 use oxiformers_quant::{PackedMatrix, QuantizationConfig, Recipe, Scheme};
 
+use crate::adapter::AdapterLayer;
 use crate::linear::{Matrix, Observer};
 use crate::survey::Survey;
-use crate::{Error, Result};
+use crate::{Adapter, Error, Result, Target, TargetKind};
 
 /// Named tensors of one model.
 ///
@@ -79,6 +80,9 @@ pub struct LoadOptions {
     pub quantization: Option<Arc<Recipe>>,
     /// Who is told which matrices a model is made of. What is loaded with it can be described, but not run.
     pub survey: Option<Arc<Survey>>,
+    /// Adapters, in the order in which they are applied. Where there are any, the model's own parameters are not trained,
+    /// and on the CPU its matrices stay packed under autodiff, too.
+    pub adapters: Vec<Arc<dyn Adapter>>,
 }
 
 impl Default for LoadOptions {
@@ -89,6 +93,7 @@ impl Default for LoadOptions {
             observer: None,
             quantization: None,
             survey: None,
+            adapters: Vec::new(),
         }
     }
 }
@@ -274,7 +279,88 @@ impl Weights {
             Some(view) => self.dense(&full, &view)?,
             None => self.fresh(shape, init),
         };
-        Ok(self.register(full, tensor))
+        let names = self.names_of(&full);
+        let trained = (self.shared.options.adapters.iter()).any(|adapter| adapter.trains(&names));
+        drop(names);
+        let param = self.register(full, tensor);
+        Ok(if trained {
+            param.set_require_grad(true)
+        } else {
+            param
+        })
+    }
+
+    /// A parameter of an adapter, whose whole name is `name`; `trained` says whether it wants gradients.
+    pub fn adapter_param<const D: usize>(
+        &self,
+        name: String,
+        values: TensorData,
+        trained: bool,
+    ) -> Param<Tensor<D>> {
+        let tensor = Tensor::from_data(values, self.device());
+        let trained = trained && tensor.is_autodiff();
+        self.register(name, tensor).set_require_grad(trained)
+    }
+
+    /// The matrix of the module at this place with the parts that adapters have of it.
+    pub(crate) fn adapt(
+        &self,
+        matrix: Matrix,
+        bias: Option<&Param<Tensor<1>>>,
+        kind: TargetKind,
+    ) -> Result<Matrix> {
+        let adapters = &self.shared.options.adapters;
+        if adapters.is_empty() || self.shared.options.survey.is_some() {
+            return Ok(matrix);
+        }
+        let target = Target {
+            names: self.names_of(&self.prefix),
+            kind,
+            matrix: &matrix,
+            bias,
+        };
+        let mut layers = Vec::new();
+        for adapter in adapters {
+            let layer = |part| AdapterLayer {
+                part,
+                switch: adapter.switch().clone(),
+            };
+            layers.extend(adapter.parts(&target, self)?.into_iter().map(layer));
+        }
+        drop(target);
+        Ok(matrix.with_adapters(layers))
+    }
+
+    /// What adapters may take a layer here for.
+    pub(crate) fn target_kind(&self) -> TargetKind {
+        match self.role_of(&self.prefix) {
+            Role::Output => TargetKind::Output,
+            Role::Kept => TargetKind::Kept,
+            _ => TargetKind::Linear,
+        }
+    }
+
+    /// Both names of `full`: with and without the base model's.
+    fn names_of<'a>(&self, full: &'a str) -> Vec<&'a str> {
+        let base = self.shared.base_prefix.as_str();
+        let short = full.strip_prefix(base).filter(|_| !base.is_empty());
+        std::iter::once(full).chain(short).collect()
+    }
+
+    /// What an adapter has in the place of the checkpoint's `full`.
+    fn replacement(&self, full: &str) -> Option<TensorView> {
+        let adapters = &self.shared.options.adapters;
+        if adapters.is_empty() {
+            return None;
+        }
+        let (names, stored) = (
+            self.names_of(full),
+            self.stored(full).is_some() || self.find_module(full).is_some(),
+        );
+        adapters
+            .iter()
+            .rev()
+            .find_map(|adapter| adapter.replacement(&names, stored))
     }
 
     /// Takes note that the matrix is no mere table: there will be products with it.
@@ -444,6 +530,11 @@ impl Weights {
                 });
             }
         }
+        if self.shared.options.survey.is_none() {
+            for adapter in &self.shared.options.adapters {
+                adapter.finish()?;
+            }
+        }
         Ok(std::mem::take(&mut *lock(&self.shared.params)))
     }
 
@@ -471,6 +562,20 @@ impl Weights {
         let Some(source) = &self.shared.source else {
             return Ok(None);
         };
+        if let Some(view) = self.replacement(full) {
+            if let Some(stored) = self.stored(full) {
+                lock(&self.shared.used).insert(stored.to_string());
+            }
+            return match view.shape == shape {
+                true => Ok(Some(view)),
+                false => Err(Error::Shape {
+                    origin: "an adapter".to_string(),
+                    name: full.to_string(),
+                    found: view.shape,
+                    expected: shape.to_vec(),
+                }),
+            };
+        }
         let Some(stored) = self.stored(full) else {
             return Err(Error::MissingTensor {
                 origin: source.origin(),
@@ -561,7 +666,11 @@ impl Weights {
 
     /// Whether matrices are kept in a form that products on the CPU read.
     fn packs(&self) -> bool {
-        self.shared.options.dtype.is_none() && *self.device() == Device::flex()
+        let options = &self.shared.options;
+        let flex = Device::flex();
+        // Where only adapters are trained, nothing else needs to be floats.
+        let frozen = !options.adapters.is_empty() && options.device == flex.clone().autodiff();
+        options.dtype.is_none() && (options.device == flex || frozen)
     }
 
     fn dense<const D: usize>(&self, name: &str, view: &TensorView) -> Result<Tensor<D>> {
