@@ -192,7 +192,8 @@ pub struct PipelineArgs {
     /// Where in a row of the file the text stands.
     #[arg(long, value_name = "NAME", default_value = "text")]
     pub column: String,
-    /// How many inputs of similar length are run at a time [default: 32; 8 where text is generated].
+    /// How many inputs of similar length are run at a time, fewer where they are long [default: 128; 8 where text is
+    /// generated].
     #[arg(long, value_name = "N", value_parser = positive)]
     pub batch_size: Option<usize>,
     /// Print the answer to each input as a line of JSON, as Transformers' pipelines give it.
