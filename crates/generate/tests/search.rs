@@ -225,7 +225,7 @@ fn quantized_caches() {
     let with_cache = |nbits: usize, more: Value| {
         let mut json = serde_json::json!({
             "max_new_tokens": 24, "eos_token_id": [999], "cache_implementation": "quantized",
-            "cache_config": {"nbits": nbits, "q_group_size": 2, "residual_length": 1},
+            "cache_config": {"nbits": nbits, "q_group_size": 4, "residual_length": 1},
         });
         json.as_object_mut()
             .unwrap()

@@ -2,11 +2,10 @@
 
 mod common;
 
-use burn::tensor::Device;
 use common::largest_difference;
 use oxiformers_hub::ModelFiles;
 use oxiformers_models::nn::{
-    CacheKind, CachePrecision, CodeBits, GroupAxis, LoadOptions, LogitsFor, QuantizedCacheConfig,
+    Cache, CacheKind, CachePrecision, CodeBits, GroupAxis, LoadOptions, LogitsFor, QuantizedCacheConfig,
 };
 use oxiformers_models::{AutoModelForCausalLM, CausalLM};
 
@@ -25,29 +24,25 @@ const MODELS: [&str; 8] = [
 const PASSES: [usize; 16] = [12, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 7, 1, 1, 1, 1];
 
 /// Largest difference of logits, which are of the size of 1, between the cache in 8 bits or in half precision and in f32.
-const TOLERANCE: [f32; 2] = [0.02, 0.01];
+const TOLERANCE: [f32; 2] = [0.05, 0.02];
 
-/// Between two ways to compute the same: a number in the middle between two of half precision, or between two codes, may
-/// become the one or the other.
-const ROUNDED: f32 = 5e-3;
+/// Between two ways to compute the same: a number in the middle between two of half precision may become the one or the
+/// other.
+const ROUNDED: f32 = 1e-3;
 
-fn model(name: &str, device: Device) -> AutoModelForCausalLM {
+fn model(name: &str) -> AutoModelForCausalLM {
     let dir = common::fixtures("")
         .into_iter()
         .find(|dir| dir.file_name().is_some_and(|found| found == name))
         .expect("the fixture");
-    let options = LoadOptions {
-        device,
-        ..LoadOptions::default()
-    };
     let files = ModelFiles::from_dir(&dir).expect("a model");
-    AutoModelForCausalLM::from_files(&files, &options).expect("a model")
+    AutoModelForCausalLM::from_files(&files, &LoadOptions::default()).expect("a model")
 }
 
 /// Small enough for a few tokens to be packed, also within the windows of five tokens that the fixtures have.
 fn small(bits: CodeBits) -> QuantizedCacheConfig {
     QuantizedCacheConfig {
-        group_size: 2,
+        group_size: 4,
         residual_length: 1,
         ..QuantizedCacheConfig::new(bits)
     }
@@ -55,6 +50,12 @@ fn small(bits: CodeBits) -> QuantizedCacheConfig {
 
 /// Logits of the last token of every pass, of two sequences of which one is padded.
 fn logits(model: &AutoModelForCausalLM, kind: CacheKind, precision: CachePrecision) -> Vec<f32> {
+    run(model, |padding| {
+        model.new_cache(kind, padding).with_precision(precision)
+    })
+}
+
+fn run(model: &AutoModelForCausalLM, cache: impl Fn(Vec<usize>) -> Cache) -> Vec<f32> {
     let total: usize = PASSES.iter().sum();
     let ids = |row: usize| {
         (0..total)
@@ -62,10 +63,10 @@ fn logits(model: &AutoModelForCausalLM, kind: CacheKind, precision: CachePrecisi
             .collect()
     };
     let ids: Vec<Vec<i64>> = (0..2).map(ids).collect();
-    let mut cache = model.new_cache(kind, vec![0, 3]).with_precision(precision);
+    let mut cache = cache(vec![0, 3]);
     let (mut at, mut all) = (0, Vec::new());
     for pass in PASSES {
-        let input = common::tensor(&ids, at..at + pass).to_device(&model.device());
+        let input = common::tensor(&ids, at..at + pass);
         let logits = model.forward(input, &mut cache, LogitsFor::Last);
         all.extend(logits.into_data().iter::<f32>());
         at += pass;
@@ -76,7 +77,7 @@ fn logits(model: &AutoModelForCausalLM, kind: CacheKind, precision: CachePrecisi
 #[test]
 fn eight_bits_and_half_precision_are_near() {
     for name in MODELS {
-        let model = model(name, Device::flex());
+        let model = model(name);
         let full = logits(&model, CacheKind::Dynamic, CachePrecision::Full);
         let size = full.iter().map(|x| x * x).sum::<f32>() / full.len() as f32;
         let [eight, half] = [
@@ -99,12 +100,12 @@ fn eight_bits_and_half_precision_are_near() {
     }
 }
 
-/// Under autodiff everything is made of tensor operations: what was packed is dequantized, and attention is the plain one.
+/// Attention gets either the codes or what tensor operations make of them.
 #[test]
 fn codes_are_attended_to_as_if_they_were_dequantized() {
     for name in MODELS {
-        let [fast, plain] = [Device::flex(), Device::flex().autodiff()].map(|device| model(name, device));
-        let full = logits(&fast, CacheKind::Dynamic, CachePrecision::Full);
+        let model = model(name);
+        let full = logits(&model, CacheKind::Dynamic, CachePrecision::Full);
         for bits in [CodeBits::Two, CodeBits::Four, CodeBits::Eight] {
             let other = QuantizedCacheConfig {
                 group_size: 5,
@@ -115,13 +116,16 @@ fn codes_are_attended_to_as_if_they_were_dequantized() {
             };
             for config in [small(bits), other] {
                 let precision = CachePrecision::Quantized(config);
-                let [ours, expected] =
-                    [&fast, &plain].map(|model| logits(model, CacheKind::Dynamic, precision));
+                let ours = logits(&model, CacheKind::Dynamic, precision);
+                let expected = run(&model, |padding| {
+                    let cache = model.new_cache(CacheKind::Dynamic, padding);
+                    cache.with_precision(precision).dequantizing()
+                });
                 let difference = largest_difference(&ours, &expected);
                 let lost = largest_difference(&ours, &full);
                 println!("{name}, {bits:?}: {difference:.1e}; {lost:.1e} from full precision");
                 assert!(difference < ROUNDED, "{name}: {difference}");
-                assert!(bits != CodeBits::Two || lost > 5.0 * ROUNDED, "{name}: {lost}");
+                assert!(bits != CodeBits::Two || lost > 100.0 * ROUNDED, "{name}: {lost}");
             }
         }
     }

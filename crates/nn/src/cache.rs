@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use oxiformers_kernels::cached::halved;
 use oxiformers_kernels::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat};
 
@@ -97,6 +97,7 @@ impl Cache {
             .map(|window| LayerCache {
                 packed: None,
                 half: false,
+                dequantizing: false,
                 entries: None,
                 start: 0,
                 len: 0,
@@ -130,6 +131,14 @@ impl Cache {
                 _ => None,
             };
         }
+        self
+    }
+
+    /// Gives attention floats in the place of codes: what it must come to, for tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn dequantizing(mut self) -> Self {
+        self.layers.iter_mut().for_each(|layer| layer.dequantizing = true);
         self
     }
 
@@ -325,6 +334,7 @@ pub(crate) struct LayerCache {
     packed: Option<Packed>,
     /// Whether the others are kept in half precision.
     half: bool,
+    dequantizing: bool,
     /// Buffers `[batch, heads, capacity, head_dim]`; keys and values may differ in `head_dim`.
     entries: Option<(Tensor<4>, Tensor<4>)>,
     /// Position of the first entry.
@@ -477,7 +487,10 @@ impl LayerCache {
             seen(&values, packed.map(|packed| &packed.values)),
         ];
         self.entries = Some((keys, values));
-        seen
+        match self.dequantizing {
+            true => seen.map(|rows| CachedRows::Dense(rows.dense(DType::F32))),
+            false => seen,
+        }
     }
 }
 
@@ -502,8 +515,6 @@ fn view(buffer: &Tensor<4>, len: usize) -> Tensor<4> {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::DType;
-
     use super::*;
 
     fn nearest(x: Tensor<4>) -> Vec<i32> {
