@@ -738,6 +738,7 @@ mod tests {
                             CachedRows::Packed(past.clone(), last(7, dim)),
                             CachedRows::Packed(past_values.clone(), last(8, value_dim)),
                         ];
+                        assert!(kv.iter().all(|rows| Held::new(rows).is_some()));
                         let dense = kv.clone().map(|rows| rows.dense(DType::F32));
                         let [k, v] = dense.clone();
                         let expected = attention([q.clone(), k, v], &mask, bias(), options);

@@ -321,7 +321,8 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
         for start in keys.clone().step_by(KEYS) {
             let block = start..(start + KEYS).min(keys.end);
             for first in block.clone().step_by(step) {
-                let k = f.k.read(b, kv, first..(first + step).min(block.end), tile);
+                let k =
+                    f.k.read(simd, [b, kv], first..(first + step).min(block.end), tile);
                 let scores = &mut scores[first - start..];
                 if few {
                     few_scores(simd, q, rows, k, scores);
@@ -372,7 +373,8 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
                 }
             }
             for first in block.clone().step_by(step) {
-                let v = f.v.read(b, kv, first..(first + step).min(block.end), tile);
+                let v =
+                    f.v.read(simd, [b, kv], first..(first + step).min(block.end), tile);
                 let weights = &scores[first - start..];
                 if few {
                     few_sums(simd, weights, rows, v, sums);

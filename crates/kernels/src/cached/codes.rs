@@ -4,8 +4,10 @@
 //! many parts as a byte has codes: byte `i` holds the `i`th code of each part, that of the first part lowest. So a
 //! vector of bytes becomes vectors of neighbouring values by shifts alone.
 
-use super::{GroupAxis, RowFormat};
 use half::f16;
+use pulp::Simd;
+
+use super::{GroupAxis, RowFormat};
 
 /// Two numbers for each value: a scale and a minimum.
 pub(crate) trait Line: Copy {
@@ -34,44 +36,133 @@ impl Line for [&[f32]; 2] {
 
 /// `out[i] = code[i] · scale[i] + minimum[i]` for the codes of a segment.
 #[inline(always)]
-pub(crate) fn decode<const BITS: usize, L: Line>(codes: &[u8], line: L, out: &mut [f32]) {
+pub(crate) fn decode<S: Simd, const BITS: usize, L: Line>(simd: S, codes: &[u8], line: L, out: &mut [f32]) {
     for part in 0..8 / BITS {
         let first = part * codes.len();
         let end = out.len().min(first + codes.len());
         if first >= end {
             break;
         }
-        let out = &mut out[first..end];
-        let mut at = 0;
-        while at + 16 <= out.len() {
-            decode_some::<BITS, 16, L>(&codes[at..], part, line, first + at, &mut out[at..]);
-            at += 16;
-        }
-        while at + 4 <= out.len() {
-            decode_some::<BITS, 4, L>(&codes[at..], part, line, first + at, &mut out[at..]);
-            at += 4;
-        }
-        while at < out.len() {
-            decode_some::<BITS, 1, L>(&codes[at..], part, line, first + at, &mut out[at..]);
-            at += 1;
-        }
+        decode_part::<S, BITS, L>(simd, codes, part, line, first, &mut out[first..end]);
     }
 }
 
-/// `N` of them, which become vectors.
+/// Those of one part, whose values begin at `first`.
 #[inline(always)]
-fn decode_some<const BITS: usize, const N: usize, L: Line>(
+fn decode_part<S: Simd, const BITS: usize, L: Line>(
+    simd: S,
     codes: &[u8],
     part: usize,
     line: L,
     first: usize,
     out: &mut [f32],
 ) {
-    let [scales, minimums] = line.at::<N>(first);
-    let (codes, out) = (&codes[..N], &mut out[..N]);
-    for i in 0..N {
-        let code = (i32::from(codes[i]) >> (part * BITS)) & ((1 << BITS) - 1);
-        out[i] = code as f32 * scales[i] + minimums[i];
+    let (shift, mask) = (part * BITS, (1 << BITS) - 1);
+    let mut at = 0;
+    let codes = &codes[..out.len()];
+    // The compiler has vectors of its own for such loops, and they are slow where rows are short.
+    #[cfg(target_arch = "x86_64")]
+    while at + x86::width(simd) <= out.len() {
+        // SAFETY: the processor has what `simd` stands for, and so many codes and values follow.
+        at += unsafe {
+            x86::decode(
+                simd,
+                codes.as_ptr().add(at),
+                [shift as i32, mask],
+                line,
+                first + at,
+                out.as_mut_ptr().add(at),
+            )
+        };
+    }
+    let _ = simd;
+    while at < out.len() {
+        let [[scale], [minimum]] = line.at::<1>(first + at);
+        let code = (i32::from(codes[at]) >> shift) & mask;
+        out[at] = code as f32 * scale + minimum;
+        at += 1;
+    }
+}
+
+/// Bytes to vectors of values.
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::any::TypeId;
+    use std::arch::x86_64::*;
+
+    use pulp::Simd;
+    use pulp::x86::{V3, V4};
+
+    use super::Line;
+
+    #[inline(always)]
+    fn is<S: Simd, T: Simd>() -> bool {
+        TypeId::of::<S>() == TypeId::of::<T>()
+    }
+
+    /// Values of a vector; more than there are of anything where there is none.
+    #[inline(always)]
+    pub fn width<S: Simd>(_: S) -> usize {
+        if is::<S, V4>() {
+            16
+        } else if is::<S, V3>() {
+            8
+        } else {
+            usize::MAX / 2
+        }
+    }
+
+    /// Writes as many values as a vector has, and returns their number.
+    ///
+    /// # Safety
+    /// `S` stands for a processor with vectors, this one; so many codes can be read and values written.
+    #[inline(always)]
+    pub unsafe fn decode<S: Simd, L: Line>(
+        _: S,
+        codes: *const u8,
+        [shift, mask]: [i32; 2],
+        line: L,
+        first: usize,
+        out: *mut f32,
+    ) -> usize {
+        // SAFETY: the caller's.
+        unsafe {
+            if is::<S, V4>() {
+                let [scales, minimums] = line.at::<16>(first);
+                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
+                let codes = _mm512_srl_epi32(codes, _mm_cvtsi32_si128(shift));
+                let codes = _mm512_and_si512(codes, _mm512_set1_epi32(mask));
+                let x = _mm512_mul_ps(_mm512_cvtepi32_ps(codes), _mm512_loadu_ps(scales.as_ptr()));
+                _mm512_storeu_ps(out, _mm512_add_ps(x, _mm512_loadu_ps(minimums.as_ptr())));
+                16
+            } else {
+                let [scales, minimums] = line.at::<8>(first);
+                let codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.cast()));
+                let codes = _mm256_srl_epi32(codes, _mm_cvtsi32_si128(shift));
+                let codes = _mm256_and_si256(codes, _mm256_set1_epi32(mask));
+                let x = _mm256_mul_ps(_mm256_cvtepi32_ps(codes), _mm256_loadu_ps(scales.as_ptr()));
+                _mm256_storeu_ps(out, _mm256_add_ps(x, _mm256_loadu_ps(minimums.as_ptr())));
+                8
+            }
+        }
+    }
+
+    /// Half precision to values, 16 at a time where the processor can; returns how many of them.
+    #[inline(always)]
+    pub fn widen<S: Simd>(_: S, halves: &[u16], out: &mut [f32]) -> usize {
+        if !is::<S, V4>() {
+            return 0;
+        }
+        let (chunks, _) = halves.as_chunks::<16>();
+        let (to, _) = out.as_chunks_mut::<16>();
+        for (chunk, to) in chunks.iter().zip(to) {
+            // SAFETY: the processor has AVX-512, and both have 16 values.
+            unsafe {
+                let x = _mm512_cvtph_ps(_mm256_loadu_si256(chunk.as_ptr().cast()));
+                _mm512_storeu_ps(to.as_mut_ptr(), x);
+            }
+        }
+        16 * chunks.len()
     }
 }
 
@@ -103,15 +194,14 @@ pub(crate) fn widen(half: u16) -> f32 {
 
 /// Those of a slice of them.
 #[inline(always)]
-pub(crate) fn widen_all(halves: &[u16], out: &mut [f32]) {
-    let (chunks, rest) = halves.as_chunks::<16>();
-    let (to, to_rest) = out[..halves.len()].as_chunks_mut::<16>();
-    for (chunk, to) in chunks.iter().zip(to) {
-        for i in 0..16 {
-            to[i] = widen(chunk[i]);
-        }
-    }
-    for (half, to) in rest.iter().zip(to_rest) {
+pub(crate) fn widen_all<S: Simd>(simd: S, halves: &[u16], out: &mut [f32]) {
+    let out = &mut out[..halves.len()];
+    #[cfg(target_arch = "x86_64")]
+    let done = x86::widen(simd, halves, out);
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    let _ = simd;
+    for (half, to) in halves[done..].iter().zip(&mut out[done..]) {
         *to = widen(*half);
     }
 }
@@ -135,7 +225,7 @@ pub(crate) fn quantize(x: &[f32], [tokens, dim]: [usize; 2], format: RowFormat) 
         type Output = Encoded;
 
         #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) -> Encoded {
+        fn with_simd<S: Simd>(self, _: S) -> Encoded {
             let Self(x, shape, format) = self;
             match format.bits as usize {
                 2 => run::<2>(x, shape, format),
@@ -166,13 +256,17 @@ fn run<const BITS: usize>(x: &[f32], [tokens, dim]: [usize; 2], format: RowForma
             match format.axis {
                 GroupAxis::Channel => {
                     let mut line = [vec![0.0; dim], vec![0.0; dim]];
-                    let mut ranges = vec![[f32::INFINITY, f32::NEG_INFINITY, 0.0]; dim];
+                    let [mut least, mut largest] = [x[..dim].to_vec(), x[..dim].to_vec()];
+                    let mut zeros = vec![0.0; dim];
                     for x in x.chunks(dim) {
-                        for (range, x) in ranges.iter_mut().zip(x) {
-                            *range = [range[0].min(*x), range[1].max(*x), range[2] + x * 0.0];
+                        for (i, x) in x.iter().enumerate() {
+                            least[i] = least[i].min(*x);
+                            largest[i] = largest[i].max(*x);
+                            zeros[i] += x * 0.0;
                         }
                     }
-                    for (channel, range) in ranges.into_iter().enumerate() {
+                    for channel in 0..dim {
+                        let range = [least[channel], largest[channel], zeros[channel]];
                         let [inverse, minimum] = statistics(range, most, &mut out.scales, &mut out.minimums);
                         line[0][channel] = inverse;
                         line[1][channel] = minimum;

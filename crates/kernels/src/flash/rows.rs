@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use pulp::Simd;
+
 use super::View;
 use crate::cached::codes::{decode, widen, widen_all};
 use crate::cached::{GroupAxis, RowFormat};
@@ -17,8 +19,14 @@ pub(crate) trait Rows: Sync {
     /// Values that [`read`](Self::read) needs room for.
     fn room(&self, rows: usize) -> usize;
 
-    /// Some rows of a head, which may be decoded into `tile`.
-    fn read<'t>(&'t self, batch: usize, head: usize, rows: Range<usize>, tile: &'t mut [f32]) -> Lines<'t>;
+    /// Some rows of a sequence and a head, which may be decoded into `tile`.
+    fn read<'t, S: Simd>(
+        &'t self,
+        simd: S,
+        at: [usize; 2],
+        rows: Range<usize>,
+        tile: &'t mut [f32],
+    ) -> Lines<'t>;
 }
 
 /// Rows of f32, one at least.
@@ -51,7 +59,13 @@ impl Rows for View<'_> {
     }
 
     #[inline(always)]
-    fn read<'t>(&'t self, batch: usize, head: usize, rows: Range<usize>, _: &'t mut [f32]) -> Lines<'t> {
+    fn read<'t, S: Simd>(
+        &'t self,
+        _: S,
+        [batch, head]: [usize; 2],
+        rows: Range<usize>,
+        _: &'t mut [f32],
+    ) -> Lines<'t> {
         Lines {
             len: rows.len(),
             values: self.rows(batch, head, rows),
@@ -102,11 +116,17 @@ impl Rows for Cached<'_> {
     }
 
     #[inline(always)]
-    fn read<'t>(&'t self, batch: usize, head: usize, rows: Range<usize>, tile: &'t mut [f32]) -> Lines<'t> {
+    fn read<'t, S: Simd>(
+        &'t self,
+        simd: S,
+        at: [usize; 2],
+        rows: Range<usize>,
+        tile: &'t mut [f32],
+    ) -> Lines<'t> {
         let dim = self.dims()[3];
         let (tile, statistics) = tile.split_at_mut(rows.len() * dim);
         match self {
-            Self::Half(view) => widen_rows(view, [batch, head], rows.start, tile),
+            Self::Half(view) => widen_rows(simd, view, at, rows.start, tile),
             Self::Packed(packed) => {
                 let past = packed.codes.dims[2];
                 let split = rows.start.max(past).min(rows.end);
@@ -115,13 +135,13 @@ impl Rows for Cached<'_> {
                     let old = rows.start..split;
                     // A loop for each number of bits.
                     match packed.format.bits as usize {
-                        2 => packed.decode::<2>([batch, head], old, decoded, statistics),
-                        4 => packed.decode::<4>([batch, head], old, decoded, statistics),
-                        _ => packed.decode::<8>([batch, head], old, decoded, statistics),
+                        2 => packed.decode::<S, 2>(simd, at, old, decoded, statistics),
+                        4 => packed.decode::<S, 4>(simd, at, old, decoded, statistics),
+                        _ => packed.decode::<S, 8>(simd, at, old, decoded, statistics),
                     }
                 }
                 if !widened.is_empty() {
-                    widen_rows(&packed.recent, [batch, head], split - past, widened);
+                    widen_rows(simd, &packed.recent, at, split - past, widened);
                 }
             }
         }
@@ -136,17 +156,18 @@ impl Rows for Cached<'_> {
 
 /// The rows from `first` on that fill `tile`.
 #[inline(always)]
-fn widen_rows(view: &View<u16>, [batch, head]: [usize; 2], first: usize, tile: &mut [f32]) {
+fn widen_rows<S: Simd>(simd: S, view: &View<u16>, [batch, head]: [usize; 2], first: usize, tile: &mut [f32]) {
     for (i, out) in tile.chunks_exact_mut(view.dims[3].max(1)).enumerate() {
-        widen_all(view.row(batch, head, first + i), out);
+        widen_all(simd, view.row(batch, head, first + i), out);
     }
 }
 
 impl Packed<'_> {
     /// Decodes `rows` into `tile`, with room for two numbers per channel.
     #[inline(always)]
-    fn decode<const BITS: usize>(
+    fn decode<S: Simd, const BITS: usize>(
         &self,
+        simd: S,
         [batch, head]: [usize; 2],
         rows: Range<usize>,
         tile: &mut [f32],
@@ -160,13 +181,13 @@ impl Packed<'_> {
                 let mut row = rows.start;
                 let mut block = self.ends.partition_point(|end| *end <= row);
                 while row < rows.end {
-                    widen_all(self.scales.row(batch, head, block), scales);
-                    widen_all(self.minimums.row(batch, head, block), minimums);
+                    widen_all(simd, self.scales.row(batch, head, block), scales);
+                    widen_all(simd, self.minimums.row(batch, head, block), minimums);
                     let end = self.ends[block].min(rows.end);
                     let tile = &mut tile[(row - rows.start) * dim..(end - rows.start) * dim];
                     for (i, out) in tile.chunks_exact_mut(dim).enumerate() {
                         let codes = self.codes.row(batch, head, row + i);
-                        decode::<BITS, [&[f32]; 2]>(codes, [&*scales, &*minimums], out);
+                        decode::<S, BITS, [&[f32]; 2]>(simd, codes, [&*scales, &*minimums], out);
                     }
                     row = end;
                     block += 1;
@@ -181,7 +202,7 @@ impl Packed<'_> {
                     let codes = self.codes.row(batch, head, row);
                     for (group, out) in out.chunks_mut(segment).enumerate() {
                         let line = [widen(scales[group]), widen(minimums[group])];
-                        decode::<BITS, [f32; 2]>(&codes[group * bytes..][..bytes], line, out);
+                        decode::<S, BITS, [f32; 2]>(simd, &codes[group * bytes..][..bytes], line, out);
                     }
                 }
             }
