@@ -78,6 +78,24 @@ pub enum Dtype {
     Bf16,
 }
 
+/// How keys and values of past tokens are kept.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct CacheArgs {
+    /// Precision of the cache; f32 is what the model computes with. Fewer bits leave the latest 128 tokens in half
+    /// precision.
+    #[arg(long, value_enum, value_name = "PRECISION")]
+    pub kv_cache: Option<KvCache>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvCache {
+    F32,
+    F16,
+    Int8,
+    Int4,
+    Int2,
+}
+
 /// How text is generated. What is not given is taken from the model's generation_config.json.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Generation")]
@@ -106,6 +124,8 @@ pub struct SamplingArgs {
     /// Number of beams.
     #[arg(long, value_name = "N")]
     pub num_beams: Option<usize>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Stop where this text appears; may be repeated.
     #[arg(long = "stop", value_name = "TEXT")]
     pub stop: Vec<String>,
@@ -306,7 +326,12 @@ pub struct PerplexityArgs {
     /// Cut the text into windows of N tokens, each on its own [default: one window].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     pub ctx: Option<u32>,
-    /// Print one JSON object: tokens, nll, perplexity.
+    /// Run N tokens at a time. They see the cache as it was packed before them: with 1 as when text is generated.
+    #[arg(long, value_name = "N", default_value = "128", value_parser = positive)]
+    pub chunk: usize,
+    #[command(flatten)]
+    pub cache: CacheArgs,
+    /// Print one JSON object: tokens, nll, perplexity, cache_bytes.
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -332,6 +357,8 @@ pub struct BenchArgs {
     /// Runs whose median counts, after one that does not.
     #[arg(long, value_name = "N", default_value = "5", value_parser = positive)]
     pub rounds: usize,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

@@ -12,7 +12,7 @@ use oxiformers::{
 };
 use serde_json::{Value, json};
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, CacheArgs};
 use crate::session;
 
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
@@ -31,7 +31,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         if prompt + 1 > most {
             bail!("--prompt-tokens {prompt}: the model was made for {most}");
         }
-        let runs = repeat(args.rounds, || time(&model, prompt, 1, 1))?;
+        let runs = repeat(args.rounds, || time(&model, args.cache, prompt, 1, 1))?;
         rows.push(row(
             "prefill",
             prompt,
@@ -47,7 +47,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
                     "--context {context}: with {new} new tokens that is more than the {most} that the model was made for"
                 );
             }
-            let runs = repeat(args.rounds, || time(&model, context, batch, new))?;
+            let runs = repeat(args.rounds, || time(&model, args.cache, context, batch, new))?;
             let rate = runs.iter().map(|run| ((new - 1) * batch) as f64 / run.decode_s);
             rows.push(row("decode", context, batch, rate));
         }
@@ -178,13 +178,19 @@ fn row(what: &str, tokens: usize, batch: usize, rates: impl Iterator<Item = f64>
 }
 
 /// Continues `batch` prompts of `prompt` tokens by `new` tokens each.
-fn time(model: &LanguageModel, prompt: usize, batch: usize, new: usize) -> anyhow::Result<Run> {
-    let config = GenerationConfig {
+fn time(
+    model: &LanguageModel,
+    cache: CacheArgs,
+    prompt: usize,
+    batch: usize,
+    new: usize,
+) -> anyhow::Result<Run> {
+    let config = cache.apply(GenerationConfig {
         max_new_tokens: Some(new),
         // As many tokens as asked for.
         eos_token_id: Vec::new(),
         ..GenerationConfig::default()
-    };
+    });
     let prompts = prompts(model.model.vocab_size(), batch, prompt);
     let mut generation = oxiformers::Generator::new(&model.model, config).start(&prompts, None)?;
     let begin = Instant::now();

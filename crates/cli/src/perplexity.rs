@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use oxiformers::perplexity;
+use oxiformers::{GenerationConfig, PerplexityOptions, perplexity_with};
 use serde_json::json;
 
 use crate::args::PerplexityArgs;
@@ -42,13 +42,20 @@ pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
         ProgressStyle::with_template("{bar:30} {pos}/{len} tokens, {per_sec}, {eta} left")
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
-    let result = oxiformers::block_on(perplexity(&model.model, &ids, window, |done| {
-        bar.set_position(done as u64)
-    }))?;
+    let options = PerplexityOptions {
+        window,
+        chunk: args.chunk,
+        cache_precision: args.cache.apply(GenerationConfig::default()).cache_precision()?,
+    };
+    let progress = |done| bar.set_position(done as u64);
+    let result = oxiformers::block_on(perplexity_with(&model.model, &ids, options, progress))?;
     bar.finish_and_clear();
     let mut out = io::stdout().lock();
     if args.json {
-        let report = json!({ "tokens": result.tokens, "nll": result.nll, "perplexity": result.perplexity() });
+        let report = json!({
+            "tokens": result.tokens, "nll": result.nll, "perplexity": result.perplexity(),
+            "cache_bytes": result.cache_bytes,
+        });
         writeln!(out, "{report}")?;
     } else {
         writeln!(

@@ -8,11 +8,12 @@ use oxiformers::models::registry::Kind;
 use oxiformers::nn::LoadOptions;
 use oxiformers::quant::{MethodOptions, QuantizationConfig};
 use oxiformers::{
-    AutoConfig, CausalLM, GenerationConfig, Generator, LanguageModel, Seq2SeqModel, Tokenizer, device,
+    AutoConfig, CacheConfig, CausalLM, GenerationConfig, Generator, LanguageModel, Seq2SeqModel, Tokenizer,
+    device,
 };
 use serde_json::{Map, Value};
 
-use crate::args::{Dtype, RunArgs, SamplingArgs};
+use crate::args::{CacheArgs, Dtype, KvCache, RunArgs, SamplingArgs};
 
 /// Where models come from, with progress bars.
 pub fn fetch_options() -> FetchOptions {
@@ -124,6 +125,29 @@ pub fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
     })
 }
 
+impl CacheArgs {
+    /// The settings with the cache that the command line names, if it names one.
+    pub fn apply(self, mut config: GenerationConfig) -> GenerationConfig {
+        let nbits = match self.kv_cache {
+            None => return config,
+            Some(KvCache::F32) => {
+                config.cache_implementation.take_if(|name| name == "quantized");
+                return config;
+            }
+            Some(KvCache::F16) => 16,
+            Some(KvCache::Int8) => 8,
+            Some(KvCache::Int4) => 4,
+            Some(KvCache::Int2) => 2,
+        };
+        config.cache_implementation = Some("quantized".to_string());
+        config.cache_config = Some(CacheConfig {
+            nbits,
+            ..config.cache_config.unwrap_or_default()
+        });
+        config
+    }
+}
+
 impl SamplingArgs {
     /// The model's settings, changed as the command line says.
     pub fn apply(&self, mut config: GenerationConfig) -> anyhow::Result<GenerationConfig> {
@@ -143,6 +167,7 @@ impl SamplingArgs {
         config.num_beams = self.num_beams.unwrap_or(config.num_beams);
         config.stop_strings.extend(self.stop.iter().cloned());
         config.seed = self.seed.or(config.seed);
+        config = self.cache.apply(config);
         for setting in &self.set {
             config = set(&config, setting)?;
         }

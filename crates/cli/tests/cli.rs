@@ -367,6 +367,78 @@ fn perplexity_of_a_text() {
     assert!((nll.exp() - whole["perplexity"].as_f64().unwrap()).abs() < 1e-9);
     assert!(nll > 1.0 && nll < 20.0);
     assert_ne!(run(&["--ctx", "4"])["nll"], whole["nll"]);
+
+    let near = |report: &serde_json::Value, tolerance: f64| {
+        assert!(
+            (report["nll"].as_f64().unwrap() - nll).abs() < tolerance,
+            "{report}"
+        );
+        report["cache_bytes"].as_u64().unwrap()
+    };
+    let bytes = near(&run(&["--chunk", "3"]), 1e-5);
+    assert_eq!(
+        2 * near(&run(&["--kv-cache", "f16", "--chunk", "1"]), 1e-2),
+        bytes
+    );
+    near(&run(&["--kv-cache", "int4", "--chunk", "1"]), 1e-2);
+    oxiformers()
+        .args(["perplexity", path, "--kv-cache", "int3", "--text"])
+        .arg(&text)
+        .assert()
+        .failure()
+        .stderr(contains("int8"));
+}
+
+#[test]
+fn caches_of_fewer_bits() {
+    let tiny = tiny_model();
+    let path = tiny.path().to_str().unwrap();
+    for precision in ["f32", "f16", "int8", "int4", "int2"] {
+        let report = json(oxiformers().args([
+            "generate",
+            path,
+            "--prompt",
+            "hello world",
+            "--json",
+            "--max-new-tokens",
+            "4",
+            "--kv-cache",
+            precision,
+        ]));
+        assert_eq!(report["usage"]["completion_tokens"], 4);
+    }
+    let set = r#"cache_config={"nbits":4,"q_group_size":2,"residual_length":1}"#;
+    let args = ["generate", path, "--prompt", "hello", "--max-new-tokens", "4"];
+    oxiformers()
+        .args(args)
+        .args(["--set", "cache_implementation=quantized", "--set", set])
+        .assert()
+        .success();
+    oxiformers()
+        .args(args)
+        .args([
+            "--set",
+            "cache_implementation=quantized",
+            "--set",
+            r#"cache_config={"nbits":5}"#,
+        ])
+        .assert()
+        .failure()
+        .stderr(contains("nbits 5"));
+    oxiformers()
+        .args([
+            "bench",
+            path,
+            "--prompt-tokens",
+            "4",
+            "--context",
+            "4",
+            "--batch",
+            "1",
+        ])
+        .args(["--new-tokens", "2", "--rounds", "1", "--kv-cache", "int8"])
+        .assert()
+        .success();
 }
 
 #[test]

@@ -65,7 +65,7 @@ impl<'a> Drafter<'a> {
                 }
                 let source = Source::Assistant {
                     model: *model,
-                    cache: new_cache(*model, CacheKind::Full, prompts),
+                    cache: new_cache(*model, CacheKind::Full, config.cache_precision()?, prompts),
                     cached: Vec::new(),
                     threshold: config.assistant_confidence_threshold,
                     eos: config.eos_token_id.clone(),

@@ -100,7 +100,12 @@ pub(crate) async fn search(generator: &Generator<'_>, prompts: &[Vec<u32>]) -> R
         return Ok(results(generator, searches));
     }
 
-    let mut cache = new_cache(model, config.cache_kind(longest)?, &prompts);
+    let mut cache = new_cache(
+        model,
+        config.cache_kind(longest)?,
+        config.cache_precision()?,
+        &prompts,
+    );
     let ids = || prompts.iter().map(|prompt| prompt.ids.as_slice());
     cache.prepare(ids().map(<[u32]>::len).max().unwrap_or(0));
     let pending = padded(ids(), cache.padding(), 0);

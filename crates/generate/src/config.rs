@@ -3,7 +3,7 @@
 use oxiformers_hub::ModelFiles;
 use oxiformers_models::AutoConfig;
 use oxiformers_models::fields::one_or_more;
-use oxiformers_nn::CacheKind;
+use oxiformers_nn::{CacheKind, CachePrecision, CodeBits, GroupAxis, QuantizedCacheConfig};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
@@ -36,8 +36,11 @@ pub struct GenerationConfig {
     pub num_beams: usize,
     /// Sequences to return for each prompt.
     pub num_return_sequences: usize,
-    /// `static` keeps room for the longest sequence from the start; otherwise the cache grows.
+    /// `static` keeps room for the longest sequence from the start; otherwise the cache grows. `quantized` packs it, as
+    /// `cache_config` says.
     pub cache_implementation: Option<String>,
+    /// How a quantized cache is packed; the defaults where there is none.
+    pub cache_config: Option<CacheConfig>,
     /// Tokens of the prompt to run at a time.
     pub prefill_chunk_size: Option<usize>,
     /// Divisor of the logits.
@@ -117,6 +120,93 @@ pub struct GenerationConfig {
     pub seed: Option<u64>,
 }
 
+/// How a quantized cache is packed, with the names and defaults of Transformers' `QuantizedCache`. Other fields have no
+/// effect.
+///
+/// The latest `residual_length` tokens stay in half precision; others are packed in blocks of `q_group_size` tokens, each
+/// once. Layers with a sliding window and mixtures of layers are packed, too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CacheConfig {
+    /// Whose numbers for axes are meant: `quanto` or `hqq`. What packs is the same.
+    pub backend: String,
+    /// Bits of a value: 2, 4 or 8; 16 keeps everything in half precision.
+    pub nbits: usize,
+    /// Groups of keys: by token (`0` of quanto, `1` of hqq), or by channel (`-1` of quanto, `0` of hqq). Without it, by
+    /// channel, which is better (Liu et al., 2024).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub axis_key: Option<i64>,
+    /// Groups of values, in the same way. Without it, by token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub axis_value: Option<i64>,
+    /// Values that share a scale and a minimum.
+    pub q_group_size: usize,
+    /// So many of the latest tokens are not packed.
+    pub residual_length: usize,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            backend: "quanto".to_string(),
+            nbits: 4,
+            axis_key: None,
+            axis_value: None,
+            q_group_size: 64,
+            residual_length: 128,
+        }
+    }
+}
+
+impl CacheConfig {
+    /// The precision that it describes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field and what is possible.
+    pub fn precision(&self) -> Result<CachePrecision> {
+        let fail = |message: String| Err(Error::config("cache_config", message));
+        let numbers = match self.backend.as_str() {
+            "quanto" => [(0, GroupAxis::Token), (-1, GroupAxis::Channel)],
+            "hqq" => [(1, GroupAxis::Token), (0, GroupAxis::Channel)],
+            other => return fail(format!("has the backend \"{other}\"; use \"quanto\" or \"hqq\"")),
+        };
+        let axis = |name: &str, axis: Option<i64>, default: GroupAxis| match axis {
+            None => Ok(default),
+            Some(axis) => match numbers.iter().find(|(number, _)| *number == axis) {
+                Some((_, axis)) => Ok(*axis),
+                None => Err(Error::config(
+                    "cache_config",
+                    format!(
+                        "has {name} {axis}; of {} it is {} (by token) or {} (by channel)",
+                        self.backend, numbers[0].0, numbers[1].0
+                    ),
+                )),
+            },
+        };
+        let bits = match self.nbits {
+            2 => CodeBits::Two,
+            4 => CodeBits::Four,
+            8 => CodeBits::Eight,
+            16 => return Ok(CachePrecision::F16),
+            other => {
+                return fail(format!(
+                    "has nbits {other}; it is 2, 4 or 8, or 16 for half precision"
+                ));
+            }
+        };
+        if self.q_group_size == 0 {
+            return fail("has q_group_size 0, and a group has one value at least".to_string());
+        }
+        Ok(CachePrecision::Quantized(QuantizedCacheConfig {
+            bits,
+            group_size: self.q_group_size,
+            residual_length: self.residual_length,
+            key_axis: axis("axis_key", self.axis_key, GroupAxis::Channel)?,
+            value_axis: axis("axis_value", self.axis_value, GroupAxis::Token)?,
+        }))
+    }
+}
+
 /// When beam search stops.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum EarlyStopping {
@@ -143,6 +233,7 @@ impl Default for GenerationConfig {
             num_beams: 1,
             num_return_sequences: 1,
             cache_implementation: None,
+            cache_config: None,
             prefill_chunk_size: None,
             temperature: 1.0,
             top_k: 50,
@@ -321,7 +412,8 @@ impl GenerationConfig {
             };
             return Err(Error::config(field, "has an empty sequence"));
         }
-        self.cache_kind(0).map(|_| ())
+        self.cache_kind(0)?;
+        self.cache_precision().map(|_| ())
     }
 
     /// Most new tokens after a prompt of `prompt_len` tokens, for a model that takes `max_positions`.
@@ -343,13 +435,26 @@ impl GenerationConfig {
     /// For an implementation that does not exist here.
     pub fn cache_kind(&self, max_len: usize) -> Result<CacheKind> {
         match self.cache_implementation.as_deref() {
-            None | Some("dynamic" | "hybrid" | "sliding_window") => Ok(CacheKind::Dynamic),
+            None | Some("dynamic" | "hybrid" | "sliding_window" | "quantized") => Ok(CacheKind::Dynamic),
             Some("static") => Ok(CacheKind::Static { max_len }),
             Some(other) => Err(Error::config(
                 "cache_implementation",
-                format!("is \"{other}\"; use \"dynamic\" or \"static\""),
+                format!("is \"{other}\"; use \"dynamic\", \"static\" or \"quantized\""),
             )),
         }
+    }
+}
+
+impl GenerationConfig {
+    /// What the cache keeps keys and values as.
+    ///
+    /// # Errors
+    /// For a `cache_config` that makes no sense.
+    pub fn cache_precision(&self) -> Result<CachePrecision> {
+        if self.cache_implementation.as_deref() != Some("quantized") {
+            return Ok(CachePrecision::Full);
+        }
+        self.cache_config.clone().unwrap_or_default().precision()
     }
 }
 
@@ -426,9 +531,48 @@ mod tests {
         fails(json!({"stop_strings": [""]}), "stop_strings");
         fails(json!({"bad_words_ids": [[]]}), "bad_words_ids");
         fails(json!({"cache_implementation": "quantum"}), "cache_implementation");
+        let cache = |config: Value| json!({"cache_implementation": "quantized", "cache_config": config});
+        fails(cache(json!({"nbits": 3})), "nbits 3");
+        fails(cache(json!({"backend": "fp8"})), "backend \"fp8\"");
+        fails(cache(json!({"q_group_size": 0})), "q_group_size");
+        fails(cache(json!({"axis_key": 1})), "axis_key 1");
+        fails(
+            cache(json!({"backend": "hqq", "axis_value": -1})),
+            "axis_value -1",
+        );
+        fails(cache(json!({"residual_length": -1})), "generation_config.json");
         fails(json!({"repetition_penalty": 0.0}), "repetition_penalty");
         fails(json!({"eos_token_id": "x"}), "generation_config.json");
         GenerationConfig::default().validate().unwrap();
+    }
+
+    #[test]
+    fn caches() {
+        let precision = |json: Value| read(json).unwrap().cache_precision().unwrap();
+        let packed = |config: Value| match precision(
+            json!({"cache_implementation": "quantized", "cache_config": config}),
+        ) {
+            CachePrecision::Quantized(config) => config,
+            other => panic!("{other:?}"),
+        };
+        let default = packed(json!(null));
+        assert_eq!(default, QuantizedCacheConfig::new(CodeBits::Four));
+        assert_eq!((default.group_size, default.residual_length), (64, 128));
+        let quanto = packed(json!({"axis_key": 0, "axis_value": -1, "nbits": 2, "q_group_size": 32}));
+        assert_eq!((quanto.bits, quanto.group_size), (CodeBits::Two, 32));
+        let hqq = packed(json!({"backend": "hqq", "axis_key": 1, "axis_value": 0, "residual_length": 0}));
+        for config in [quanto, hqq] {
+            assert_eq!(
+                (config.key_axis, config.value_axis),
+                (GroupAxis::Token, GroupAxis::Channel)
+            );
+        }
+        let half = json!({"cache_implementation": "quantized", "cache_config": {"nbits": 16}});
+        assert_eq!(precision(half), CachePrecision::F16);
+        assert_eq!(
+            precision(json!({"cache_config": {"nbits": 3}})),
+            CachePrecision::Full
+        );
     }
 
     #[test]

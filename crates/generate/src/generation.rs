@@ -6,7 +6,7 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use futures::Stream;
 use oxiformers_models::CausalLM;
-use oxiformers_nn::{Cache, CacheKind, LogitsFor};
+use oxiformers_nn::{Cache, CacheKind, CachePrecision, LogitsFor};
 use oxiformers_processors::Tokenizer;
 use web_time::{Duration, Instant};
 
@@ -145,11 +145,16 @@ impl Prompt {
 }
 
 /// An empty cache for the sequences, with what an encoder reads.
-pub(crate) fn new_cache(model: &dyn CausalLM, kind: CacheKind, prompts: &[Prompt]) -> Cache {
+pub(crate) fn new_cache(
+    model: &dyn CausalLM,
+    kind: CacheKind,
+    precision: CachePrecision,
+    prompts: &[Prompt],
+) -> Cache {
     let longest = |len: fn(&Prompt) -> usize| prompts.iter().map(len).max().unwrap_or(0);
     let total = longest(|prompt| prompt.ids.len());
     let padding = prompts.iter().map(|prompt| total - prompt.ids.len()).collect();
-    let mut cache = model.new_cache(kind, padding);
+    let mut cache = model.new_cache(kind, padding).with_precision(precision);
     if let Some(encoder) = model.as_seq2seq() {
         let width = longest(|prompt| prompt.source().len());
         let row = |prompt: &Prompt| {
@@ -418,6 +423,8 @@ impl<'a> Generation<'a> {
             .max()
             .unwrap_or(0);
         let (mut cache, mut done) = (None, 0);
+        let precision = config.cache_precision()?;
+        let past = past.filter(|past| past.cache.precision() == precision);
         if let (Some(past), [Prompt { ids, source: None }]) = (past, prompts.as_slice()) {
             // The last token of the prompt must run again, because its logits are needed.
             let same = past
@@ -437,7 +444,7 @@ impl<'a> Generation<'a> {
             CacheKind::Dynamic if single => CacheKind::Full,
             kind => kind,
         };
-        let mut cache = cache.unwrap_or_else(|| new_cache(generator.model, kind, &prompts));
+        let mut cache = cache.unwrap_or_else(|| new_cache(generator.model, kind, precision, &prompts));
         cache.prepare(total);
         cache.reserve(longest.min(total + ROOM));
         let pending = padded(

@@ -17,7 +17,7 @@ mod sampling;
 mod text;
 
 pub use assisted::Draft;
-pub use config::{EarlyStopping, GenerationConfig};
+pub use config::{CacheConfig, EarlyStopping, GenerationConfig};
 pub use constrained::{Constraint, Grammar};
 pub use error::{Error, Result};
 pub use generation::{FinishReason, Generated, Generation, Generator, PromptCache, Step, Token};

@@ -218,6 +218,123 @@ fn seeds_reproduce_and_rows_are_independent() {
     assert_eq!(both[0].finish_reason, FinishReason::Length);
 }
 
+/// Eight bits give the words of full precision, for all ways to decode and all kinds of layers; the small fixtures need
+/// small blocks for that.
+#[test]
+fn quantized_caches() {
+    let with_cache = |nbits: usize, more: Value| {
+        let mut json = serde_json::json!({
+            "max_new_tokens": 24, "eos_token_id": [999], "cache_implementation": "quantized",
+            "cache_config": {"nbits": nbits, "q_group_size": 4, "residual_length": 1},
+        });
+        json.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        config(json)
+    };
+    let full = |more: Value| {
+        let config = with_cache(8, more);
+        GenerationConfig {
+            cache_implementation: None,
+            ..config
+        }
+    };
+    let prompts = [vec![5, 9, 5, 9, 5, 9, 7], vec![11, 12, 13]];
+    for name in ["llama", "mistral", "gemma3_text", "gpt_oss"] {
+        let model = model(name);
+        let assistant = self::model("llama-linear");
+        let ids = |config: GenerationConfig, prompts: &[Vec<u32>], draft: Option<Draft>| {
+            let mut generator = Generator::new(&model, config);
+            if let Some(draft) = draft {
+                generator = generator.with_draft(draft);
+            }
+            let results = block_on(generator.generate(prompts)).unwrap();
+            results.into_iter().map(|result| result.ids).collect::<Vec<_>>()
+        };
+        let same = |a: &[Vec<u32>], b: &[Vec<u32>]| {
+            let equal = |(a, b): (&Vec<u32>, &Vec<u32>)| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+            a.iter().zip(b).map(equal).sum::<usize>() as f64 / (24 * a.len()) as f64
+        };
+        let beams = serde_json::json!({"num_beams": 3, "num_return_sequences": 2});
+        for more in [serde_json::json!({}), beams] {
+            let expected = ids(full(more.clone()), &prompts, None);
+            let ours = ids(with_cache(8, more.clone()), &prompts, None);
+            let half = ids(with_cache(16, more.clone()), &prompts, None);
+            println!("{name}: {} {}", same(&ours, &expected), same(&half, &expected));
+            assert!(
+                same(&ours, &expected) > 0.5,
+                "{name}: {ours:?} instead of {expected:?}"
+            );
+            assert_eq!(half, expected, "{name}");
+            for nbits in [2, 4] {
+                assert!(
+                    ids(with_cache(nbits, more.clone()), &prompts, None)
+                        .iter()
+                        .all(|ids| ids.len() == 24)
+                );
+            }
+        }
+        let expected = ids(full(serde_json::json!({})), &prompts[..1], None);
+        for draft in [
+            Draft::PromptLookup,
+            Draft::Assistant(&assistant),
+            Draft::Assistant(&model),
+        ] {
+            let more = serde_json::json!({"num_assistant_tokens": 5, "assistant_confidence_threshold": 0.0});
+            let ours = ids(with_cache(8, more), &prompts[..1], Some(draft));
+            assert!(
+                same(&ours, &expected) > 0.5,
+                "{name}: {ours:?} instead of {expected:?}"
+            );
+        }
+    }
+}
+
+/// A chat goes on from what is packed, but not in another precision.
+#[test]
+fn what_was_packed_is_not_run_again() {
+    let model = model("llama");
+    let config = |nbits: usize| {
+        config(serde_json::json!({
+            "max_new_tokens": 8, "cache_implementation": "quantized",
+            "cache_config": {"nbits": nbits, "q_group_size": 4, "residual_length": 2},
+        }))
+    };
+    let run = |nbits: usize, prompt: &[u32], past| {
+        let generator = Generator::new(&model, config(nbits));
+        let mut generation = generator.start(&[prompt.to_vec()], past).unwrap();
+        let mut prompts = 0;
+        loop {
+            match block_on(generation.step()).unwrap() {
+                Step::Prompt { .. } => prompts += 1,
+                Step::Tokens(_) => {}
+                Step::Done => break,
+            }
+        }
+        assert_eq!(prompts, 0);
+        generation.finish_with_cache()
+    };
+    let prompt = [5, 9, 7, 30, 2, 8, 60];
+    let (first, past) = run(8, &prompt, None);
+    let past = past.unwrap();
+    assert_eq!(past.ids().len(), prompt.len() + 7);
+    // In the middle of a block.
+    let (again, _) = run(8, &prompt[..6], Some(past.clone()));
+    assert_eq!(again[0].ids, run(8, &prompt[..6], None).0[0].ids);
+    let longer: Vec<u32> = prompt
+        .iter()
+        .chain(&first[0].ids)
+        .copied()
+        .chain([50, 51])
+        .collect();
+    assert_eq!(
+        run(4, &longer, Some(past.clone())).0,
+        run(4, &longer, None).0,
+        "another precision begins anew"
+    );
+    assert_eq!(run(8, &longer, Some(past)).0[0].ids.len(), 8);
+}
+
 #[test]
 fn what_was_seen_is_not_run_again() {
     check_past(&model("llama"), &[5, 9, 7, 30]);

@@ -2,11 +2,12 @@
 
 use std::cell::OnceCell;
 
+use burn::backend::flex::FlexTensor;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Bool, Device, Tensor, TensorData};
 
-use crate::flash::Flash;
 pub use crate::flash::Visible;
+use crate::flash::{Flash, Rows};
 use crate::flex;
 
 /// Which keys a query sees. Layers may share one.
@@ -107,46 +108,63 @@ pub fn attention(
     bias: ScoreBias,
     options: AttentionOptions,
 ) -> Tensor<3> {
-    let ([batch, heads, seq, head_dim], [_, _, keys, value_dim]) = (q.dims(), v.dims());
-    let per_head = [bias.alibi, bias.sinks].map(|x| x.map(Tensor::into_dispatch));
-    let bias = bias.bias.map(Tensor::into_dispatch);
-    let qkv = match per_head.iter().flatten().chain(&bias).all(flex::is_plain) {
-        true => flex::plain([q, k, v].map(Tensor::into_dispatch)),
-        false => Err([q, k, v].map(Tensor::into_dispatch)),
-    };
-    match qkv {
+    if !bias.is_plain() {
+        return reference([q, k, v], mask, bias, options);
+    }
+    match flex::plain([q, k, v].map(Tensor::into_dispatch)) {
         Ok(qkv) => {
             let [q, k, v] = qkv.map(flex::dense_rows);
-            let [alibi, sinks] = per_head.map(|x| x.map(flex::inner).map(flex::contiguous));
-            let bias = bias.map(flex::inner).map(flex::dense_rows);
-            let flash = Flash {
-                q: flex::view(&q),
-                k: flex::view(&k),
-                v: flex::view(&v),
-                scale: options.scale.unwrap_or((head_dim as f64).powf(-0.5)) as f32,
-                softcap: options.softcap.map(|cap| cap as f32),
-                sinks: sinks.as_ref().map(flex::values),
-                alibi: alibi.as_ref().map(flex::values),
-                bias: (bias.as_ref()).map(|bias| flex::view(bias).broadcast([batch, heads, seq, keys])),
-                visible: &mask.visible,
-            };
-            flex::tensor(flash.run(), [batch, seq, heads * value_dim])
+            flash(&q, [flex::view(&k), flex::view(&v)], bias, mask, options)
         }
-        Err(qkv) => {
-            let [alibi, sinks] = per_head.map(|x| x.map(Tensor::from_dispatch));
-            let bias = ScoreBias {
-                bias: bias.map(Tensor::from_dispatch),
-                alibi,
-                sinks,
-            };
-            reference(qkv.map(Tensor::from_dispatch), mask, bias, options)
-                .swap_dims(1, 2)
-                .reshape([batch, seq, heads * value_dim])
-        }
+        Err(qkv) => reference(qkv.map(Tensor::from_dispatch), mask, bias, options),
     }
 }
 
-fn reference(
+impl ScoreBias {
+    /// Whether a kernel of the CPU may read all of it.
+    pub(crate) fn is_plain(&self) -> bool {
+        let per_head = [&self.alibi, &self.sinks];
+        let per_head = per_head.map(|x| x.clone().map(Tensor::into_dispatch));
+        let bias = self.bias.clone().map(Tensor::into_dispatch);
+        per_head.iter().flatten().chain(&bias).all(flex::is_plain)
+    }
+}
+
+/// The kernel of the CPU, for queries with [dense rows](flex::dense_rows) and a [plain](ScoreBias::is_plain) bias.
+pub(crate) fn flash<R: Rows>(
+    q: &FlexTensor,
+    [k, v]: [R; 2],
+    bias: ScoreBias,
+    mask: &Mask,
+    options: AttentionOptions,
+) -> Tensor<3> {
+    let q = flex::view(q);
+    let ([batch, heads, seq, head_dim], [_, _, keys, value_dim]) = (q.dims, v.dims());
+    let inner = |x: Tensor<1>| flex::contiguous(flex::inner(x.into_dispatch()));
+    let [alibi, sinks] = [bias.alibi, bias.sinks].map(|x| x.map(inner));
+    let bias = (bias.bias).map(|x| flex::dense_rows(flex::inner(x.into_dispatch())));
+    let flash = Flash {
+        q,
+        k,
+        v,
+        scale: options.scale.unwrap_or((head_dim as f64).powf(-0.5)) as f32,
+        softcap: options.softcap.map(|cap| cap as f32),
+        sinks: sinks.as_ref().map(flex::values),
+        alibi: alibi.as_ref().map(flex::values),
+        bias: (bias.as_ref()).map(|bias| flex::view(bias).broadcast([batch, heads, seq, keys])),
+        visible: &mask.visible,
+    };
+    flex::tensor(flash.run(), [batch, seq, heads * value_dim])
+}
+
+fn reference(qkv: [Tensor<4>; 3], mask: &Mask, bias: ScoreBias, options: AttentionOptions) -> Tensor<3> {
+    let x = by_heads(qkv, mask, bias, options);
+    let [batch, heads, seq, value_dim] = x.dims();
+    x.swap_dims(1, 2).reshape([batch, seq, heads * value_dim])
+}
+
+/// `[batch, heads, seq, value_dim]`.
+fn by_heads(
     [q, k, v]: [Tensor<4>; 3],
     mask: &Mask,
     ScoreBias { bias, alibi, sinks }: ScoreBias,

@@ -14,8 +14,11 @@ use crate::math;
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads};
 
+mod rows;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles;
+
+pub(crate) use rows::{Cached, Lines, Packed, Rows};
 
 /// Where there are none.
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
@@ -33,6 +36,8 @@ mod tiles {
 const ROWS: usize = 128;
 /// Keys of a block.
 const KEYS: usize = 256;
+/// Keys of a block that are decoded at a time for few queries.
+const DECODED_KEYS: usize = 64;
 /// Tiles of up to so many rows are not worth the packing that a matrix product begins with.
 const FEW: usize = 16;
 /// Multiplications below which nothing is handed to another thread.
@@ -40,17 +45,17 @@ const SMALL: usize = 1 << 16;
 
 /// `[batch, heads, rows, dim]` within a larger slice; the last dimension is dense.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    pub values: &'a [f32],
+pub(crate) struct View<'a, T = f32> {
+    pub values: &'a [T],
     pub dims: [usize; 4],
     /// Of the first three dimensions.
     pub strides: [usize; 3],
 }
 
-impl<'a> View<'a> {
+impl<'a, T> View<'a, T> {
     /// One row.
     #[inline(always)]
-    pub fn row(&self, batch: usize, head: usize, row: usize) -> &'a [f32] {
+    pub fn row(&self, batch: usize, head: usize, row: usize) -> &'a [T] {
         let [a, b, c] = self.strides;
         let start = batch * a + head * b + row * c;
         &self.values[start..start + self.dims[3]]
@@ -69,7 +74,7 @@ impl<'a> View<'a> {
     }
 
     /// All values from the row `rows.start` to the end of the last of `rows`.
-    fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> &'a [f32] {
+    fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> &'a [T] {
         let [a, b, c] = self.strides;
         let start = batch * a + head * b;
         &self.values[start + rows.start * c..start + (rows.end - 1) * c + self.dims[3]]
@@ -137,13 +142,13 @@ impl Visible {
 }
 
 /// One call of [`run`](Flash::run).
-pub(crate) struct Flash<'a> {
+pub(crate) struct Flash<'a, R = View<'a>> {
     /// `[batch, heads, seq, dim]`.
     pub q: View<'a>,
     /// `[batch, kv_heads, keys, dim]`.
-    pub k: View<'a>,
+    pub k: R,
     /// `[batch, kv_heads, keys, value_dim]`.
-    pub v: View<'a>,
+    pub v: R,
     pub scale: f32,
     pub softcap: Option<f32>,
     /// `[heads]`.
@@ -172,11 +177,11 @@ thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-impl Flash<'_> {
+impl<R: Rows> Flash<'_, R> {
     /// `[batch, seq, heads * value_dim]`.
     pub fn run(&self) -> Vec<f32> {
         let [batch, heads, seq, dim] = self.q.dims;
-        let [_, kv_heads, keys, value_dim] = self.v.dims;
+        let [_, kv_heads, keys, value_dim] = self.v.dims();
         let len = batch * seq * heads * value_dim;
         if len == 0 {
             return Vec::new();
@@ -259,8 +264,8 @@ fn merge<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone, rows: usize, row: u
 }
 
 /// One tile of queries over one piece of the keys.
-struct Piece<'a> {
-    flash: &'a Flash<'a>,
+struct Piece<'a, R> {
+    flash: &'a Flash<'a, R>,
     cut: &'a Cut,
     index: usize,
     /// Zeros.
@@ -269,13 +274,13 @@ struct Piece<'a> {
     out: Option<&'a Output>,
 }
 
-impl pulp::WithSimd for Piece<'_> {
+impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (f, cut) = (self.flash, self.cut);
-        let [_, kv_heads, _, value_dim] = f.v.dims;
+        let [_, kv_heads, all_keys, value_dim] = f.v.dims();
         let [_, _, seq, dim] = f.q.dims;
         let (index, piece) = (self.index / cut.pieces, self.index % cut.pieces);
         let (index, tile) = (index / cut.tiles, index % cut.tiles);
@@ -299,9 +304,14 @@ impl pulp::WithSimd for Piece<'_> {
             }
         }
 
+        // Few queries are done with a tile before it leaves the nearest cache.
+        let few = rows <= FEW;
+        let step = if R::DECODED && few { DECODED_KEYS } else { KEYS };
+        let room = f.k.room(step).max(f.v.room(step));
         let mut scratch = SCRATCH.take();
-        scratch.resize(scratch.len().max(rows * (dim + KEYS)), 0.0);
-        let (q, scores) = scratch.split_at_mut(rows * dim);
+        scratch.resize(scratch.len().max(rows * (dim + KEYS) + room), 0.0);
+        let (q, rest) = scratch.split_at_mut(rows * dim);
+        let (scores, tile) = rest.split_at_mut(rows * KEYS);
         for (row, q) in q.chunks_mut(dim.max(1)).enumerate() {
             let (query, head) = (queries.start + row / cut.group, kv * cut.group + row % cut.group);
             for (q, x) in q.iter_mut().zip(f.q.row(b, head, query)) {
@@ -310,10 +320,15 @@ impl pulp::WithSimd for Piece<'_> {
         }
         for start in keys.clone().step_by(KEYS) {
             let block = start..(start + KEYS).min(keys.end);
-            if rows <= FEW {
-                few_scores(simd, q, rows, |j| f.k.row(b, kv, j), block.clone(), scores);
-            } else {
-                many_scores(q, rows, f.k, (b, kv), block.clone(), scores);
+            for first in block.clone().step_by(step) {
+                let k =
+                    f.k.read(simd, [b, kv], first..(first + step).min(block.end), tile);
+                let scores = &mut scores[first - start..];
+                if few {
+                    few_scores(simd, q, rows, k, scores);
+                } else {
+                    many_scores(q, rows, k, scores);
+                }
             }
             for row in 0..rows {
                 let scores = &mut scores[row * KEYS..row * KEYS + block.len()];
@@ -341,7 +356,7 @@ impl pulp::WithSimd for Piece<'_> {
                 if let Some(slopes) = f.alibi {
                     let slope = slopes[kv * cut.group + row % cut.group];
                     // Counted back from the newest key, which keeps the values small where it matters.
-                    let first = (start + seen.start) as f32 - (f.k.dims[2] - 1) as f32;
+                    let first = (start + seen.start) as f32 - (all_keys - 1) as f32;
                     for (i, x) in scores.iter_mut().enumerate() {
                         *x += slope * (first + i as f32);
                     }
@@ -357,10 +372,15 @@ impl pulp::WithSimd for Piece<'_> {
                     most[row] = largest;
                 }
             }
-            if rows <= FEW {
-                few_sums(simd, scores, rows, |j| f.v.row(b, kv, j), block, sums, value_dim);
-            } else {
-                many_sums(scores, rows, f.v, (b, kv), block, sums);
+            for first in block.clone().step_by(step) {
+                let v =
+                    f.v.read(simd, [b, kv], first..(first + step).min(block.end), tile);
+                let weights = &scores[first - start..];
+                if few {
+                    few_sums(simd, weights, rows, v, sums);
+                } else {
+                    many_sums(weights, rows, v, sums);
+                }
             }
         }
         SCRATCH.set(scratch);
@@ -381,47 +401,32 @@ impl pulp::WithSimd for Piece<'_> {
 
 /// `scores[row, j] = q[row] · k[j]`.
 #[inline(always)]
-fn few_scores<'a, S: Simd>(
-    simd: S,
-    q: &[f32],
-    rows: usize,
-    k: impl Fn(usize) -> &'a [f32] + Copy,
-    block: Range<usize>,
-    scores: &mut [f32],
-) {
+fn few_scores<S: Simd>(simd: S, q: &[f32], rows: usize, k: Lines, scores: &mut [f32]) {
     let mut row = 0;
     while row < rows {
         let scores = &mut scores[row * KEYS..];
         row += match rows - row {
-            1 => scores_of::<S, 1>(simd, q, row, k, block.clone(), scores),
-            2 => scores_of::<S, 2>(simd, q, row, k, block.clone(), scores),
-            3 => scores_of::<S, 3>(simd, q, row, k, block.clone(), scores),
-            _ => scores_of::<S, 4>(simd, q, row, k, block.clone(), scores),
+            1 => scores_of::<S, 1>(simd, q, row, k, scores),
+            2 => scores_of::<S, 2>(simd, q, row, k, scores),
+            3 => scores_of::<S, 3>(simd, q, row, k, scores),
+            _ => scores_of::<S, 4>(simd, q, row, k, scores),
         };
     }
 }
 
 /// Those of `R` rows, two keys at a time; returns `R`.
 #[inline(always)]
-fn scores_of<'a, S: Simd, const R: usize>(
-    simd: S,
-    q: &[f32],
-    row: usize,
-    k: impl Fn(usize) -> &'a [f32],
-    block: Range<usize>,
-    scores: &mut [f32],
-) -> usize {
-    let dim = k(block.start).len();
-    let q: [&[f32]; R] = std::array::from_fn(|r| &q[(row + r) * dim..][..dim]);
-    let pairs = block.len() / 2;
+fn scores_of<S: Simd, const R: usize>(simd: S, q: &[f32], row: usize, k: Lines, scores: &mut [f32]) -> usize {
+    let q: [&[f32]; R] = std::array::from_fn(|r| &q[(row + r) * k.dim..][..k.dim]);
+    let pairs = k.len / 2;
     for j in (0..2 * pairs).step_by(2) {
-        let dots = dots(simd, q, [k(block.start + j), k(block.start + j + 1)]);
+        let dots = dots(simd, q, [k.row(j), k.row(j + 1)]);
         for (r, dots) in dots.iter().enumerate() {
             scores[r * KEYS + j..][..2].copy_from_slice(dots);
         }
     }
-    if 2 * pairs < block.len() {
-        for (r, [dot]) in dots(simd, q, [k(block.end - 1)]).into_iter().enumerate() {
+    if 2 * pairs < k.len {
+        for (r, [dot]) in dots(simd, q, [k.row(k.len - 1)]).into_iter().enumerate() {
             scores[r * KEYS + 2 * pairs] = dot;
         }
     }
@@ -468,47 +473,32 @@ fn load<S: Simd>(_: S, x: &[f32], at: usize) -> S::f32s {
 
 /// `sums[row] += Σⱼ weights[row, j] · v[j]`.
 #[inline(always)]
-fn few_sums<'a, S: Simd>(
-    simd: S,
-    weights: &[f32],
-    rows: usize,
-    v: impl Fn(usize) -> &'a [f32] + Copy,
-    block: Range<usize>,
-    sums: &mut [f32],
-    dim: usize,
-) {
+fn few_sums<S: Simd>(simd: S, weights: &[f32], rows: usize, v: Lines, sums: &mut [f32]) {
     let mut row = 0;
     while row < rows {
         let weights = &weights[row * KEYS..];
-        let sums = &mut sums[row * dim..];
+        let sums = &mut sums[row * v.dim..];
         row += match rows - row {
-            1 => sums_of::<S, 1>(simd, weights, v, block.clone(), sums, dim),
-            2 => sums_of::<S, 2>(simd, weights, v, block.clone(), sums, dim),
-            3 => sums_of::<S, 3>(simd, weights, v, block.clone(), sums, dim),
-            _ => sums_of::<S, 4>(simd, weights, v, block.clone(), sums, dim),
+            1 => sums_of::<S, 1>(simd, weights, v, sums),
+            2 => sums_of::<S, 2>(simd, weights, v, sums),
+            3 => sums_of::<S, 3>(simd, weights, v, sums),
+            _ => sums_of::<S, 4>(simd, weights, v, sums),
         };
     }
 }
 
 /// Those of `R` rows; returns `R`.
 #[inline(always)]
-fn sums_of<'a, S: Simd, const R: usize>(
-    simd: S,
-    weights: &[f32],
-    v: impl Fn(usize) -> &'a [f32] + Copy,
-    block: Range<usize>,
-    sums: &mut [f32],
-    dim: usize,
-) -> usize {
-    let weights: [&[f32]; R] = std::array::from_fn(|r| &weights[r * KEYS..][..block.len()]);
+fn sums_of<S: Simd, const R: usize>(simd: S, weights: &[f32], v: Lines, sums: &mut [f32]) -> usize {
+    let weights: [&[f32]; R] = std::array::from_fn(|r| &weights[r * KEYS..][..v.len]);
     let mut column = 0;
-    while column < dim {
-        let left = (dim - column) / S::F32_LANES;
+    while column < v.dim {
+        let left = (v.dim - column) / S::F32_LANES;
         let sums = &mut sums[column..];
         column += match left {
-            0 => columns_of::<S, R, 1, true>(simd, weights, v, block.start, column, sums, dim),
-            1..4 => columns_of::<S, R, 1, false>(simd, weights, v, block.start, column, sums, dim),
-            _ => columns_of::<S, R, 4, false>(simd, weights, v, block.start, column, sums, dim),
+            0 => columns_of::<S, R, 1, true>(simd, weights, v, column, sums),
+            1..4 => columns_of::<S, R, 1, false>(simd, weights, v, column, sums),
+            _ => columns_of::<S, R, 4, false>(simd, weights, v, column, sums),
         };
     }
     R
@@ -517,15 +507,14 @@ fn sums_of<'a, S: Simd, const R: usize>(
 /// Those of `C` vectors of columns, or of one that is `PARTIAL`ly filled; returns the number of columns.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
-fn columns_of<'a, S: Simd, const R: usize, const C: usize, const PARTIAL: bool>(
+fn columns_of<S: Simd, const R: usize, const C: usize, const PARTIAL: bool>(
     simd: S,
     weights: [&[f32]; R],
-    v: impl Fn(usize) -> &'a [f32],
-    first: usize,
+    v: Lines,
     column: usize,
     sums: &mut [f32],
-    dim: usize,
 ) -> usize {
+    let dim = v.dim;
     let lanes = S::F32_LANES;
     let width = if PARTIAL { dim - column } else { C * lanes };
     let mut totals = [[simd.splat_f32s(0.0); C]; R];
@@ -538,7 +527,7 @@ fn columns_of<'a, S: Simd, const R: usize, const C: usize, const PARTIAL: bool>(
         }
     }
     for j in 0..weights[0].len() {
-        let v = &v(first + j)[column..column + width];
+        let v = &v.row(j)[column..column + width];
         for c in 0..C {
             let v = match PARTIAL {
                 true => simd.partial_load_f32s(v),
@@ -561,23 +550,20 @@ fn columns_of<'a, S: Simd, const R: usize, const C: usize, const PARTIAL: bool>(
 }
 
 /// Like [`few_scores`], as a matrix product.
-fn many_scores(
-    q: &[f32],
-    rows: usize,
-    k: View,
-    (batch, head): (usize, usize),
-    block: Range<usize>,
-    scores: &mut [f32],
-) {
-    let dim = k.dims[3];
-    let (stride, keys) = (k.strides[2] as isize, block.len());
-    let k = k.rows(batch, head, block);
-    if tiles::scores(q, [rows, dim, keys], k, stride as usize, scores) {
+fn many_scores(q: &[f32], rows: usize, k: Lines, scores: &mut [f32]) {
+    let Lines {
+        values: k,
+        stride,
+        dim,
+        len: keys,
+    } = k;
+    if tiles::scores(q, [rows, dim, keys], k, stride, scores) {
         return;
     }
-    assert!(q.len() >= rows * dim && scores.len() >= rows * KEYS);
+    assert!(q.len() >= rows * dim && scores.len() >= (rows - 1) * KEYS + keys);
+    assert!(k.len() >= (keys - 1) * stride + dim);
     // SAFETY: the strides describe the scores [rows, keys], rows KEYS apart, the queries [rows, dim], and the
-    // keys [keys, dim], rows `stride` apart, read transposed; `View::rows` has checked that these lie in `k`.
+    // keys [keys, dim], rows `stride` apart, read transposed, all of which lie in the slices.
     unsafe {
         gemm::gemm(
             rows,
@@ -591,7 +577,7 @@ fn many_scores(
             1,
             dim as isize,
             k.as_ptr(),
-            stride,
+            stride as isize,
             1,
             0.0,
             1.0,
@@ -604,23 +590,20 @@ fn many_scores(
 }
 
 /// Like [`few_sums`], as a matrix product.
-fn many_sums(
-    weights: &[f32],
-    rows: usize,
-    v: View,
-    (batch, head): (usize, usize),
-    block: Range<usize>,
-    sums: &mut [f32],
-) {
-    let dim = v.dims[3];
-    let (stride, keys) = (v.strides[2] as isize, block.len());
-    let v = v.rows(batch, head, block);
-    if tiles::sums(weights, [rows, keys, dim], v, stride as usize, sums) {
+fn many_sums(weights: &[f32], rows: usize, v: Lines, sums: &mut [f32]) {
+    let Lines {
+        values: v,
+        stride,
+        dim,
+        len: keys,
+    } = v;
+    if tiles::sums(weights, [rows, keys, dim], v, stride, sums) {
         return;
     }
-    assert!(weights.len() >= rows * KEYS && sums.len() >= rows * dim);
+    assert!(weights.len() >= (rows - 1) * KEYS + keys && sums.len() >= rows * dim);
+    assert!(v.len() >= (keys - 1) * stride + dim);
     // SAFETY: the strides describe the sums [rows, dim], the weights [rows, keys], rows KEYS apart, and the
-    // values [keys, dim], rows `stride` apart; `View::rows` has checked that these lie in `v`.
+    // values [keys, dim], rows `stride` apart, all of which lie in the slices.
     unsafe {
         gemm::gemm(
             rows,
@@ -635,7 +618,7 @@ fn many_sums(
             KEYS as isize,
             v.as_ptr(),
             1,
-            stride,
+            stride as isize,
             1.0,
             1.0,
             false,

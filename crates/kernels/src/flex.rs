@@ -2,7 +2,8 @@
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::{BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind};
-use burn::tensor::{DType, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Element, Shape, Tensor, TensorData};
+use bytemuck::Pod;
 
 use crate::flash::View;
 use crate::threads::{for_each_chunk, pieces};
@@ -102,12 +103,29 @@ pub(crate) fn dense_rows(x: FlexTensor) -> FlexTensor {
     }
 }
 
+/// The tensor behind one of `dtype` on the CPU that no gradient is tracked for.
+pub(crate) fn of_dtype(x: DispatchTensor, dtype: DType) -> Option<FlexTensor> {
+    let plain = x.autodiff == DispatchAutodiffContext::Disabled;
+    match x.kind {
+        DispatchTensorKind::Flex(BackendTensor::Float(x) | BackendTensor::Int(x)) => {
+            (plain && x.dtype() == dtype).then_some(x)
+        }
+        #[allow(unreachable_patterns)]
+        _ => None,
+    }
+}
+
 /// Where the rows of a tensor of four dimensions with [dense rows](dense_rows) lie.
 pub(crate) fn view(x: &FlexTensor) -> View<'_> {
+    view_of(x)
+}
+
+/// Those of values of another type.
+pub(crate) fn view_of<E: Element + Pod>(x: &FlexTensor) -> View<'_, E> {
     let layout = x.layout();
     let (shape, strides) = (layout.shape(), layout.strides());
     View {
-        values: x.storage::<f32>().get(layout.start_offset()..).unwrap_or(&[]),
+        values: x.storage::<E>().get(layout.start_offset()..).unwrap_or(&[]),
         dims: std::array::from_fn(|i| shape[i]),
         strides: std::array::from_fn(|i| strides[i] as usize),
     }

@@ -7,6 +7,7 @@ pub mod activation;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 pub mod attention;
+pub mod cached;
 pub mod dense;
 mod flash;
 mod flex;
@@ -25,6 +26,7 @@ pub mod threads;
 
 pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
+pub use cached::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, cached_attention};
 pub use linear::{Weight, feed_forward, linear, linears};
 pub use math::{argmax, softmax};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};

@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use oxiformers_kernels::{AttentionOptions, ScoreBias, attention};
+use oxiformers_kernels::{AttentionOptions, ScoreBias, cached_attention};
 
 use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
 
@@ -253,7 +253,7 @@ impl Attention {
             (q, k) = (rope.rotate(q, &tables), rope.rotate(k, &tables));
         }
         let mask = cx.mask(c.window);
-        let (k, v) = cx.update(k, v);
+        let kv = cx.update(k, v);
         let bias = ScoreBias {
             bias: cx.bias(),
             alibi: self.alibi.clone(),
@@ -263,7 +263,7 @@ impl Attention {
             scale: c.scale,
             softcap: c.softcap,
         };
-        self.output(attention([q, k, v], &mask, bias, options))
+        self.output(cached_attention(q, kv, &mask, bias, options))
     }
 
     /// What follows the attention: `[batch, seq, num_heads * head_dim]` to `[batch, seq, hidden_size]`. For architectures

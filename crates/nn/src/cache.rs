@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use oxiformers_kernels::cached::halved;
+use oxiformers_kernels::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat};
 
 /// How a cache keeps what it has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -19,6 +21,58 @@ pub enum CacheKind {
     Full,
 }
 
+/// What a cache keeps keys and values as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CachePrecision {
+    /// The numbers that the model computes with.
+    #[default]
+    Full,
+    /// Half precision, where the device has it.
+    F16,
+    /// Codes of a few bits, but for the latest tokens.
+    Quantized(QuantizedCacheConfig),
+}
+
+/// Numbers of a quantized cache (Liu et al., 2024, "KIVI"). The latest tokens are kept in half precision; as soon as
+/// there are `group_size` more than `residual_length`, the oldest `group_size` of them are packed, once and for all.
+///
+/// What an encoder has read is not packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuantizedCacheConfig {
+    /// Bits of a code.
+    pub bits: CodeBits,
+    /// Values that share a scale and a minimum, and tokens that are packed at a time: above 0.
+    pub group_size: usize,
+    /// So many of the latest tokens are never packed.
+    pub residual_length: usize,
+    /// Groups of keys.
+    pub key_axis: GroupAxis,
+    /// Groups of values.
+    pub value_axis: GroupAxis,
+}
+
+impl QuantizedCacheConfig {
+    /// Groups of 64, a window of 128 tokens, keys by channel, values by token.
+    pub fn new(bits: CodeBits) -> Self {
+        Self {
+            bits,
+            group_size: 64,
+            residual_length: 128,
+            key_axis: GroupAxis::Channel,
+            value_axis: GroupAxis::Token,
+        }
+    }
+
+    /// How keys and how values are packed.
+    fn formats(&self) -> [RowFormat; 2] {
+        [self.key_axis, self.value_axis].map(|axis| RowFormat {
+            bits: self.bits,
+            group: self.group_size.max(1),
+            axis,
+        })
+    }
+}
+
 /// Keys and values of the tokens seen so far, for every layer, with the left padding of each sequence; for the decoder
 /// of an encoder-decoder, also those of what the encoder has read.
 #[derive(Debug, Clone)]
@@ -31,6 +85,7 @@ pub struct Cache {
     context: usize,
     /// Length beyond which the rotary frequencies of all positions are others.
     rope_switch: Option<usize>,
+    precision: CachePrecision,
 }
 
 impl Cache {
@@ -40,6 +95,9 @@ impl Cache {
         let layers = windows
             .iter()
             .map(|window| LayerCache {
+                packed: None,
+                half: false,
+                dequantizing: false,
                 entries: None,
                 start: 0,
                 len: 0,
@@ -58,7 +116,35 @@ impl Cache {
             len: 0,
             context: 0,
             rope_switch: None,
+            precision: CachePrecision::Full,
         }
+    }
+
+    /// Keeps keys and values in another precision. For a cache that has not seen anything.
+    #[must_use]
+    pub fn with_precision(mut self, precision: CachePrecision) -> Self {
+        self.precision = precision;
+        for layer in &mut self.layers {
+            layer.half = precision != CachePrecision::Full;
+            layer.packed = match precision {
+                CachePrecision::Quantized(config) => Some(Packed::new(config)),
+                _ => None,
+            };
+        }
+        self
+    }
+
+    /// Gives attention floats in the place of codes: what it must come to, for tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn dequantizing(mut self) -> Self {
+        self.layers.iter_mut().for_each(|layer| layer.dequantizing = true);
+        self
+    }
+
+    /// What keys and values are kept as.
+    pub fn precision(&self) -> CachePrecision {
+        self.precision
     }
 
     /// Number of tokens seen, padding included.
@@ -119,6 +205,10 @@ impl Cache {
         for layer in &mut self.layers {
             if let Some((keys, values)) = layer.entries.take() {
                 let ids = row_ids(rows, &keys.device());
+                if let Some(packed) = &mut layer.packed {
+                    packed.keys.select(ids.clone());
+                    packed.values.select(ids.clone());
+                }
                 layer.entries = Some((keys.select(0, ids.clone()), values.select(0, ids)));
             }
         }
@@ -144,7 +234,7 @@ impl Cache {
             return false;
         }
         for layer in &mut self.layers {
-            layer.len = layer.len.min(len);
+            layer.truncate(len);
         }
         self.len = len;
         true
@@ -182,21 +272,24 @@ impl Cache {
     /// Forgets everything, keeping the sequences' padding.
     pub fn clear(&mut self) {
         for layer in &mut self.layers {
+            layer.truncate(0);
             layer.start = 0;
-            layer.len = 0;
         }
         self.len = 0;
         self.context = 0;
     }
 
-    /// Bytes that keys and values occupy.
+    /// Bytes that keys and values occupy, room for more included.
     pub fn num_bytes(&self) -> usize {
-        self.layers
-            .iter()
-            .filter_map(|layer| layer.entries.as_ref())
-            .chain(self.source.iter().flat_map(|source| &source.layers))
-            .map(|(k, v)| (k.shape().num_elements() + v.shape().num_elements()) * k.dtype().size())
-            .sum()
+        let floats = |(k, v): &(Tensor<4>, Tensor<4>)| {
+            (k.shape().num_elements() + v.shape().num_elements()) * k.dtype().size()
+        };
+        let packed = |packed: &Packed| packed.keys.num_bytes() + packed.values.num_bytes();
+        let layer = |layer: &LayerCache| {
+            layer.entries.as_ref().map_or(0, floats) + layer.packed.as_ref().map_or(0, packed)
+        };
+        let source = self.source.iter().flat_map(|source| &source.layers);
+        self.layers.iter().map(layer).sum::<usize>() + source.map(floats).sum::<usize>()
     }
 }
 
@@ -237,58 +330,141 @@ impl Source {
 /// Keys and values of one layer, in buffers with room at the end.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerCache {
+    /// The first entries as codes, in a quantized cache.
+    packed: Option<Packed>,
+    /// Whether the others are kept in half precision.
+    half: bool,
+    dequantizing: bool,
     /// Buffers `[batch, heads, capacity, head_dim]`; keys and values may differ in `head_dim`.
     entries: Option<(Tensor<4>, Tensor<4>)>,
     /// Position of the first entry.
     start: usize,
-    /// Number of entries.
+    /// Number of entries, packed ones included.
     len: usize,
     window: Option<usize>,
     reserve: usize,
 }
 
-impl LayerCache {
-    fn start_after(&self, seq: usize) -> usize {
-        match self.window {
-            // The earliest of the new queries still sees `window - 1` tokens before itself.
-            Some(window) => self
-                .start
-                .max((self.start + self.len + 1).saturating_sub(window.max(1))),
-            None => self.start,
+/// Entries as codes.
+#[derive(Debug, Clone)]
+struct Packed {
+    keys: PackedRows,
+    values: PackedRows,
+    group_size: usize,
+    residual_length: usize,
+}
+
+impl Packed {
+    fn new(config: QuantizedCacheConfig) -> Self {
+        let [keys, values] = config.formats().map(PackedRows::new);
+        Self {
+            keys,
+            values,
+            group_size: config.group_size.max(1),
+            residual_length: config.residual_length,
         }
-        .min(self.start + self.len + seq)
+    }
+
+    /// The whole groups among `tokens`.
+    fn whole(&self, tokens: usize) -> usize {
+        tokens - tokens % self.group_size
+    }
+}
+
+impl LayerCache {
+    /// First position that is held once `seq` more tokens are appended.
+    fn start_after(&self, seq: usize) -> usize {
+        let [codes, floats] = self.dropped(seq);
+        self.start + codes + floats
+    }
+
+    /// How many of the first packed entries, and of the first others, no query reaches any more.
+    fn dropped(&self, seq: usize) -> [usize; 2] {
+        let unreached = match self.window {
+            // The earliest of the new queries still sees `window - 1` tokens before itself.
+            Some(window) => (self.start + self.len + 1)
+                .saturating_sub(window.max(1))
+                .saturating_sub(self.start)
+                .min(self.len + seq),
+            None => 0,
+        };
+        match &self.packed {
+            None => [0, unreached],
+            // Whole blocks, and not one by one what stands beside codes: there is little of it.
+            Some(packed) => {
+                let codes = packed.keys.block_end(unreached);
+                let floats = match packed.keys.len() {
+                    all if codes == all => packed.whole(unreached.min(self.len) - all),
+                    _ => 0,
+                };
+                [codes, floats]
+            }
+        }
+    }
+
+    /// Forgets what comes after the first `len` entries.
+    fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+        if let Some(packed) = &mut self.packed {
+            packed.keys.truncate(len);
+            packed.values.truncate(len);
+        }
     }
 
     /// Appends keys and values `[batch, heads, seq, head_dim]`; returns all that the new queries may see.
-    pub(crate) fn update(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    pub(crate) fn update(&mut self, keys: Tensor<4>, values: Tensor<4>) -> [CachedRows; 2] {
+        let (keys, values) = match self.half {
+            true => (halved(keys), halved(values)),
+            false => (keys, values),
+        };
         let seq = keys.dims()[2];
-        let drop = self.start_after(seq) - self.start;
-        let kept = self.len - drop;
+        let [codes, mut floats] = self.dropped(seq);
+        self.start += codes + floats;
+        self.len -= codes + floats;
+        let mut most = usize::MAX;
+        if let Some(packed) = &mut self.packed {
+            packed.keys.drop_front(codes);
+            packed.values.drop_front(codes);
+            most = packed.residual_length + packed.group_size;
+            let held = self.len - packed.keys.len();
+            let full = packed.whole(held.saturating_sub(packed.residual_length));
+            if let (Some((old_keys, old_values)), true) = (&self.entries, full > 0) {
+                // Room for all that will have left the window by then.
+                let room = packed.whole(self.reserve.saturating_sub(packed.residual_length));
+                let leaving = |old: &Tensor<4>| old.clone().narrow(2, floats, full);
+                packed.keys.append(leaving(old_keys), room);
+                packed.values.append(leaving(old_values), room);
+                floats += full;
+            }
+        }
+        let packed = self.packed.as_ref().map_or(0, |packed| packed.keys.len());
+        let kept = self.len - packed;
         let needed = kept + seq;
+        let reserve = self.reserve.min(most);
         let (keys, values) = match self.entries.take() {
-            None if self.reserve <= seq => (keys, values),
+            None if reserve <= seq => (keys, values),
             None => {
-                let capacity = self.reserve.max(needed);
+                let capacity = reserve.max(needed);
                 (
                     write(grown(&keys, capacity), 0, keys),
                     write(grown(&values, capacity), 0, values),
                 )
             }
             Some((old_keys, old_values)) => {
-                let capacity = old_keys.dims()[2];
                 let append = |old: Tensor<4>, new: Tensor<4>| {
-                    if drop == 0 && needed <= capacity {
+                    let capacity = old.dims()[2];
+                    if floats == 0 && needed <= capacity {
                         return write(old, kept, new);
                     }
                     // Half as much again, so that appending stays cheap on average.
-                    let capacity = if needed <= capacity {
-                        capacity
-                    } else {
-                        (needed + needed / 2).max(64).max(self.reserve)
+                    let grows = (needed + needed / 2).max(64).min(most).max(needed).max(reserve);
+                    let capacity = match needed <= capacity && capacity <= grows.max(most) {
+                        true => capacity,
+                        false => grows,
                     };
                     let buffer = grown(&new, capacity);
                     let buffer = if kept > 0 {
-                        write(buffer, 0, old.narrow(2, drop, kept))
+                        write(buffer, 0, old.narrow(2, floats, kept))
                     } else {
                         buffer
                     };
@@ -297,11 +473,24 @@ impl LayerCache {
                 (append(old_keys, keys), append(old_values, values))
             }
         };
-        self.start += drop;
-        self.len = needed;
-        let seen = (view(&keys, needed), view(&values, needed));
+        self.len += seq;
+        let seen = |rows: &Tensor<4>, packed: Option<&PackedRows>| {
+            let recent = view(rows, needed);
+            match packed.filter(|packed| !packed.is_empty()) {
+                Some(packed) => CachedRows::Packed(packed.clone(), recent),
+                None => CachedRows::Dense(recent),
+            }
+        };
+        let packed = self.packed.as_ref();
+        let seen = [
+            seen(&keys, packed.map(|packed| &packed.keys)),
+            seen(&values, packed.map(|packed| &packed.values)),
+        ];
         self.entries = Some((keys, values));
-        seen
+        match self.dequantizing {
+            true => seen.map(|rows| CachedRows::Dense(rows.dense(DType::F32))),
+            false => seen,
+        }
     }
 }
 
@@ -328,6 +517,14 @@ fn view(buffer: &Tensor<4>, len: usize) -> Tensor<4> {
 mod tests {
     use super::*;
 
+    fn nearest(x: Tensor<4>) -> Vec<i32> {
+        x.into_data().iter::<f32>().map(|x| x.round() as i32).collect()
+    }
+
+    fn dense(rows: [CachedRows; 2]) -> [Tensor<4>; 2] {
+        rows.map(|rows| rows.dense(DType::F32))
+    }
+
     /// Appends positions `from..to` in pieces of `step` and returns the positions that the last piece sees.
     fn feed(cache: &mut Cache, layer: usize, from: usize, to: usize, step: usize) -> Vec<i32> {
         let mut seen = Vec::new();
@@ -335,9 +532,9 @@ mod tests {
             let positions: Vec<f32> = (at..to.min(at + step)).map(|position| position as f32).collect();
             let shape = [1, 1, positions.len(), 1];
             let values = Tensor::<4>::from_data(TensorData::new(positions, shape), &Device::flex());
-            let (keys, same) = cache.layer(layer).update(values.clone(), values);
-            seen = keys.into_data().iter::<i32>().collect();
-            assert_eq!(seen, same.into_data().iter::<i32>().collect::<Vec<_>>());
+            let [keys, same] = dense(cache.layer(layer).update(values.clone(), values));
+            seen = nearest(keys);
+            assert_eq!(seen, nearest(same));
         }
         seen
     }
@@ -398,11 +595,142 @@ mod tests {
         cache.select(&[1, 1, 0]);
         assert_eq!(cache.padding(), [0, 0, 2]);
         let next = Tensor::<4>::zeros([3, 1, 1, 1], &Device::flex());
-        let (keys, _) = cache.layer(0).update(next.clone(), next);
+        let [keys, _] = dense(cache.layer(0).update(next.clone(), next));
         assert_eq!(
             keys.into_data().iter::<i32>().collect::<Vec<_>>(),
             [2, 0, 2, 0, 1, 0]
         );
+    }
+
+    /// A cache with blocks of 4 tokens and a window of 6.
+    fn quantized(windows: &[Option<usize>], kind: CacheKind) -> Cache {
+        let config = QuantizedCacheConfig {
+            group_size: 4,
+            residual_length: 6,
+            ..QuantizedCacheConfig::new(CodeBits::Eight)
+        };
+        Cache::new(kind, windows, vec![0]).with_precision(CachePrecision::Quantized(config))
+    }
+
+    /// Where the values of a quantized cache begin to be the floats that they were, and how many there are.
+    fn packed(cache: &Cache, layer: usize) -> [usize; 2] {
+        let layer = &cache.layers[layer];
+        [
+            layer.start + layer.packed.as_ref().map_or(0, |packed| packed.keys.len()),
+            layer.start + layer.len,
+        ]
+    }
+
+    #[test]
+    fn codes_are_made_when_tokens_leave_the_window() {
+        for step in [1, 2, 7] {
+            let mut cache = quantized(&[None], CacheKind::Dynamic);
+            for to in (step..=40).step_by(step) {
+                let seen = feed(&mut cache, 0, to - step, to, step);
+                assert_eq!(seen, (0..to as i32).collect::<Vec<_>>(), "step {step}");
+                let [codes, len] = packed(&cache, 0);
+                assert_eq!((len, codes % 4), (to, 0));
+                // What a pass appends is seen as it is.
+                let before = len - step;
+                assert!(
+                    codes <= before.saturating_sub(6) && codes + 6 + 4 > before,
+                    "{codes} of {len}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn windows_drop_whole_blocks_of_codes() {
+        for window in [1, 3, 8, 20] {
+            for step in [1, 3, 11] {
+                let mut cache = quantized(&[Some(window)], CacheKind::Dynamic);
+                for to in (step..=77).step_by(step) {
+                    let start = cache.start_after(0, step);
+                    let seen = feed(&mut cache, 0, to - step, to, step);
+                    let first = *seen.first().expect("tokens") as usize;
+                    assert_eq!(first, start);
+                    assert_eq!(seen, (first as i32..to as i32).collect::<Vec<_>>());
+                    let needed = (to - step + 1).saturating_sub(window);
+                    assert!(first <= needed && first + 4 > needed, "{first} of {needed}");
+                }
+                let mut full = quantized(&[Some(window)], CacheKind::Full);
+                assert_eq!(feed(&mut full, 0, 0, 77, step), (0..77).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn cutting_back_codes() {
+        let mut cache = quantized(&[None], CacheKind::Full);
+        feed(&mut cache, 0, 0, 30, 1);
+        cache.advance(30);
+        let [codes, _] = packed(&cache, 0);
+        assert_eq!(codes, 20);
+        assert!(cache.truncate(27) && packed(&cache, 0) == [20, 27]);
+        // Within a block.
+        assert!(cache.truncate(14) && packed(&cache, 0) == [14, 14]);
+        assert_eq!(feed(&mut cache, 0, 14, 40, 2), (0..40).collect::<Vec<_>>());
+        cache.clear();
+        assert_eq!(feed(&mut cache, 0, 0, 25, 5), (0..25).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_is_packed_is_not_packed_again() {
+        let config = QuantizedCacheConfig {
+            group_size: 4,
+            residual_length: 2,
+            ..QuantizedCacheConfig::new(CodeBits::Two)
+        };
+        let mut cache =
+            Cache::new(CacheKind::Full, &[None], vec![0]).with_precision(CachePrecision::Quantized(config));
+        let mut before: Vec<f32> = Vec::new();
+        for at in 0..60 {
+            let value = ((at * 37) % 101) as f32 / 10.0;
+            let value = Tensor::<4>::full([1, 1, 1, 8], value, &Device::flex());
+            let [keys, _] = dense(cache.layer(0).update(value.clone(), value));
+            let keys: Vec<f32> = keys.into_data().iter::<f32>().collect();
+            let [codes, _] = packed(&cache, 0);
+            let old = codes.saturating_sub(4) * 8;
+            assert_eq!(keys[..old], before[..old]);
+            before = keys;
+        }
+    }
+
+    #[test]
+    fn bytes_of_a_quantized_cache() {
+        let tokens = |cache: &mut Cache, count: usize| {
+            let x = Tensor::<4>::ones([1, 3, count, 64], &Device::flex());
+            cache.layer(0).update(x.clone(), x);
+        };
+        let bytes = |precision| {
+            let mut cache = Cache::new(CacheKind::Full, &[None], vec![0]).with_precision(precision);
+            cache.reserve(2048);
+            for count in [256, 512, 256, 512, 511, 1] {
+                tokens(&mut cache, count);
+            }
+            cache.num_bytes()
+        };
+        let per_token = 2 * 3 * 64;
+        assert_eq!(bytes(CachePrecision::Full), 2048 * per_token * 4);
+        assert_eq!(bytes(CachePrecision::F16), 2048 * per_token * 2);
+        for (code_bits, bits) in [(CodeBits::Two, 2), (CodeBits::Four, 4), (CodeBits::Eight, 8)] {
+            // A scale and a minimum of 16 bits for each group of 64; a window of 128 and a group in half precision.
+            let packed = (2048 - 128) * per_token * (2 * bits + 1) / 16;
+            let window = (128 + 64) * per_token * 2;
+            let config = QuantizedCacheConfig::new(code_bits);
+            assert_eq!(bytes(CachePrecision::Quantized(config)), packed + window);
+        }
+    }
+
+    #[test]
+    fn half_precision_takes_half() {
+        let mut cache = Cache::new(CacheKind::Full, &[None], vec![0]).with_precision(CachePrecision::F16);
+        assert_eq!(feed(&mut cache, 0, 0, 30, 3), (0..30).collect::<Vec<_>>());
+        let bytes = cache.num_bytes();
+        let mut full = Cache::new(CacheKind::Full, &[None], vec![0]);
+        feed(&mut full, 0, 0, 30, 3);
+        assert_eq!(2 * bytes, full.num_bytes());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use oxiformers_kernels::{Mask, Visible};
+use oxiformers_kernels::{CachedRows, Mask, Visible};
 
 use crate::cache::Cache;
 use crate::rope::Rope;
@@ -161,11 +161,11 @@ impl<'a> Context<'a> {
         tables
     }
 
-    /// Appends to the running layer's cache; returns all keys and values that may be seen.
-    pub fn update(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    /// Appends to the running layer's cache; returns all keys and values that may be seen, as it keeps them.
+    pub fn update(&mut self, keys: Tensor<4>, values: Tensor<4>) -> [CachedRows; 2] {
         match &mut self.past {
             Past::Cache(cache) => cache.layer(self.layer).update(keys, values),
-            Past::None(_) => (keys, values),
+            Past::None(_) => [keys, values].map(CachedRows::Dense),
         }
     }
 

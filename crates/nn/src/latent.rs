@@ -107,10 +107,13 @@ impl LatentAttention {
         let k_rotated = latent.clone().narrow(2, c.kv_lora_rank, rotated);
         let latent = self.kv_a_norm.forward(latent.narrow(2, 0, c.kv_lora_rank));
         let mask = cx.mask(None);
-        let (latent, k_rotated) = cx.update(
+        let dtype = q.dtype();
+        let cached = cx.update(
             latent.reshape([batch, 1, seq, c.kv_lora_rank]),
             rotate(k_rotated.reshape([batch, 1, seq, rotated])),
         );
+        // The latent is projected before anything attends to it, so codes become numbers first.
+        let [latent, k_rotated] = cached.map(|rows| rows.dense(dtype));
 
         let keys = latent.dims()[2];
         let kv = (self.kv_b_proj.forward(latent))

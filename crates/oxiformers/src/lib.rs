@@ -35,7 +35,8 @@ pub use oxiformers_quant as quant;
 pub use burn::tensor::FloatDType;
 pub use futures::executor::block_on;
 pub use generate::{
-    Constraint, Draft, FinishReason, Generated, GenerationConfig, Generator, Grammar, Step, Token,
+    CacheConfig, Constraint, Draft, FinishReason, Generated, GenerationConfig, Generator, Grammar, Step,
+    Token,
 };
 pub use models::{
     AutoConfig, AutoModel, AutoModelFor, AutoModelForCausalLM, AutoModelForDocumentQuestionAnswering,
@@ -45,7 +46,7 @@ pub use models::{
     AutoModelForTokenClassification, CausalLM, Labels, ProblemType, Seq2SeqLM,
 };
 pub use nn::{EncoderInputs, LoadOptions};
-pub use perplexity::{Perplexity, perplexity};
+pub use perplexity::{Perplexity, PerplexityOptions, perplexity, perplexity_with};
 #[cfg(all(feature = "fetch", not(target_arch = "wasm32")))]
 pub use pipelines::pipeline;
 pub use pipelines::{

@@ -2,10 +2,29 @@
 
 use burn::tensor::{Int, Tensor, TensorData};
 use oxiformers_models::CausalLM;
-use oxiformers_nn::{CacheKind, LogitsFor};
+use oxiformers_nn::{CacheKind, CachePrecision, LogitsFor};
 
-/// Tokens whose logits are held at a time: at a vocabulary of 262,144 that is 128 MiB.
-const CHUNK: usize = 128;
+/// How a text is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PerplexityOptions {
+    /// Tokens of a window; a window sees nothing of the one before.
+    pub window: usize,
+    /// Tokens that are run, and whose logits are held, at a time: 128, which at a vocabulary of 262,144 is 128 MiB. What
+    /// a cache has packed is seen by later ones only, so that 1 is what decoding does.
+    pub chunk: usize,
+    /// What keys and values are kept as.
+    pub cache_precision: CachePrecision,
+}
+
+impl Default for PerplexityOptions {
+    fn default() -> Self {
+        Self {
+            window: usize::MAX,
+            chunk: 128,
+            cache_precision: CachePrecision::Full,
+        }
+    }
+}
 
 /// The measure of [`perplexity`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -14,6 +33,8 @@ pub struct Perplexity {
     pub tokens: usize,
     /// Mean negative log-likelihood of the predicted tokens, in nats.
     pub nll: f64,
+    /// Bytes of the cache at the end of the longest window.
+    pub cache_bytes: usize,
 }
 
 impl Perplexity {
@@ -32,23 +53,43 @@ pub async fn perplexity(
     model: &dyn CausalLM,
     ids: &[u32],
     window: usize,
+    progress: impl FnMut(usize),
+) -> Result<Perplexity, crate::Error> {
+    let options = PerplexityOptions {
+        window,
+        ..PerplexityOptions::default()
+    };
+    perplexity_with(model, ids, options, progress).await
+}
+
+/// Like [`perplexity`], with more to choose.
+///
+/// # Errors
+/// Where the device fails to give back values.
+pub async fn perplexity_with(
+    model: &dyn CausalLM,
+    ids: &[u32],
+    options: PerplexityOptions,
     mut progress: impl FnMut(usize),
 ) -> Result<Perplexity, crate::Error> {
+    let (window, size) = (options.window.max(2), options.chunk.max(1));
     let device = model.device();
     let vocab = model.vocab_size();
-    let (mut sum, mut predicted, mut done) = (0.0, 0usize, 0usize);
-    for window in ids.chunks(window.max(2)) {
-        let mut cache = model.new_cache(CacheKind::Dynamic, vec![0]);
+    let (mut sum, mut predicted, mut done, mut cache_bytes) = (0.0, 0usize, 0usize, 0usize);
+    for window in ids.chunks(window) {
+        let cache = model.new_cache(CacheKind::Dynamic, vec![0]);
+        let mut cache = cache.with_precision(options.cache_precision);
         // The last token predicts nothing that is in the window.
         let inputs = &window[..window.len() - 1];
         cache.prepare(inputs.len());
-        for (index, chunk) in inputs.chunks(CHUNK).enumerate() {
+        cache.reserve(inputs.len());
+        for (index, chunk) in inputs.chunks(size).enumerate() {
             let input: Vec<i32> = chunk.iter().map(|id| *id as i32).collect();
             let input = Tensor::<2, Int>::from_data(TensorData::new(input, [1, chunk.len()]), &device);
             let logits = model.forward(input, &mut cache, LogitsFor::All);
             let logits = logits.into_data_async().await.map_err(crate::Error::read_back)?;
             let logits: Vec<f32> = logits.try_to_vec().map_err(crate::Error::read_back)?;
-            let targets = &window[index * CHUNK + 1..];
+            let targets = &window[index * size + 1..];
             for (row, target) in logits.chunks_exact(vocab).zip(targets) {
                 sum += negative_log_likelihood(row, *target as usize);
                 predicted += 1;
@@ -57,10 +98,12 @@ pub async fn perplexity(
             progress(done);
         }
         done += 1;
+        cache_bytes = cache_bytes.max(cache.num_bytes());
     }
     Ok(Perplexity {
         tokens: ids.len(),
         nll: sum / predicted.max(1) as f64,
+        cache_bytes,
     })
 }
 

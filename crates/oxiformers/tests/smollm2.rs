@@ -4,9 +4,11 @@
 
 use oxiformers::hub::checkpoint::Checkpoint;
 use oxiformers::hub::{FetchOptions, ModelFiles, Source, resolve};
+use oxiformers::nn::{CachePrecision, CodeBits, QuantizedCacheConfig};
 use oxiformers::quant::gguf::{FileType, Plan};
 use oxiformers::{
-    FloatDType, GenerationConfig, LanguageModel, LoadOptions, Message, RenderOptions, block_on, perplexity,
+    CacheConfig, FloatDType, GenerationConfig, LanguageModel, LoadOptions, Message, PerplexityOptions,
+    RenderOptions, block_on, perplexity, perplexity_with,
 };
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -138,6 +140,61 @@ fn packed_weights_predict_as_well_and_paris_is_the_capital() {
     let again = block_on(model.generator(config.clone()).generate(&[ids])).unwrap();
     let go_on = block_on(chat.answer(config, |_| std::ops::ControlFlow::Continue(()))).unwrap();
     assert_eq!(go_on.ids, again[0].ids);
+}
+
+/// A text of some 2,000 tokens, run in pieces that see the cache as it was packed before them.
+#[test]
+fn a_quantized_cache_predicts_as_well() {
+    let Some(model) = load(None) else { return };
+    let ids = reference().perplexity.ids;
+    let measure = |cache_precision| {
+        let options = PerplexityOptions {
+            chunk: 32,
+            cache_precision,
+            ..PerplexityOptions::default()
+        };
+        block_on(perplexity_with(&model.model, &ids, options, |_| {})).unwrap()
+    };
+    let packed = |bits| CachePrecision::Quantized(QuantizedCacheConfig::new(bits));
+    let full = measure(CachePrecision::Full);
+    let half = measure(CachePrecision::F16);
+    assert_eq!(2 * half.cache_bytes, full.cache_bytes);
+    for (name, precision, most, bytes) in [
+        ("f16", CachePrecision::F16, 1.0005, 1.0),
+        // Of 1,974 tokens the last 182 are not packed: a window of 128, and what does not fill a block.
+        ("int8", packed(CodeBits::Eight), 1.001, 0.58),
+        ("int4", packed(CodeBits::Four), 1.01, 0.355),
+    ] {
+        let ours = measure(precision);
+        let ratio = (ours.nll - full.nll).exp();
+        let size = ours.cache_bytes as f64 / half.cache_bytes as f64;
+        println!("{name}: {ratio:.5} x the perplexity, {size:.3} x the bytes of f16");
+        assert!(ratio < most && size <= bytes, "{name}: {ratio}, {size}");
+    }
+}
+
+#[test]
+fn answers_from_a_quantized_cache() {
+    let Some(model) = load(None) else { return };
+    let mut chat = model.conversation();
+    for nbits in [8, 4] {
+        chat.messages
+            .push(Message::user("What is the capital of France?"));
+        let config = GenerationConfig {
+            max_new_tokens: Some(24),
+            cache_implementation: Some("quantized".into()),
+            // So that the question itself is packed.
+            cache_config: Some(CacheConfig {
+                nbits,
+                q_group_size: 16,
+                residual_length: 0,
+                ..CacheConfig::default()
+            }),
+            ..model.generation_config.clone().greedy()
+        };
+        let answer = block_on(chat.answer(config, |_| std::ops::ControlFlow::Continue(()))).unwrap();
+        assert!(answer.text.contains("Paris"), "{}", answer.text);
+    }
 }
 
 #[test]
