@@ -7,7 +7,7 @@ use burn::tensor::{Bool, Device, Tensor, TensorData};
 
 use crate::flash::Flash;
 pub use crate::flash::Visible;
-use crate::flex;
+use crate::{backward, flex};
 
 /// Which keys a query sees. Layers may share one.
 #[derive(Debug)]
@@ -34,6 +34,10 @@ impl Mask {
             visible,
             tensor: OnceCell::new(),
         }
+    }
+
+    pub(crate) fn visible(&self) -> &Visible {
+        &self.visible
     }
 
     fn explicit(&self, queries: usize, keys: usize, device: &Device) -> Explicit {
@@ -107,6 +111,10 @@ pub fn attention(
     bias: ScoreBias,
     options: AttentionOptions,
 ) -> Tensor<3> {
+    let ([q, k, v], bias) = match backward::attention([q, k, v], mask, bias, options) {
+        Ok(x) => return x,
+        Err(plain) => plain,
+    };
     let ([batch, heads, seq, head_dim], [_, _, keys, value_dim]) = (q.dims(), v.dims());
     let per_head = [bias.alibi, bias.sinks].map(|x| x.map(Tensor::into_dispatch));
     let bias = bias.bias.map(Tensor::into_dispatch);
@@ -129,6 +137,7 @@ pub fn attention(
                 alibi: alibi.as_ref().map(flex::values),
                 bias: (bias.as_ref()).map(|bias| flex::view(bias).broadcast([batch, heads, seq, keys])),
                 visible: &mask.visible,
+                kept: None,
             };
             flex::tensor(flash.run(), [batch, seq, heads * value_dim])
         }
