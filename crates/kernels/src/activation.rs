@@ -3,7 +3,7 @@
 use burn::tensor::{Tensor, activation};
 use serde::{Deserialize, Serialize};
 
-use crate::{flex, math};
+use crate::{backward, flex, math};
 
 /// An activation function, named as in `hidden_act` of `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +48,10 @@ impl Activation {
             Ok([x]) => flex::wrap(flex::change(x, 1, |_, x| {
                 self.apply(x);
             })),
-            Err([x]) => self.reference(Tensor::from_dispatch(x)),
+            Err([x]) => match backward::activation(self, Tensor::from_dispatch(x)) {
+                Ok(y) => y,
+                Err(x) => self.reference(x),
+            },
         }
     }
 
@@ -72,7 +75,13 @@ impl Activation {
                     pulp::Arch::new().dispatch(Apply { act: self, x, up });
                 }))
             }
-            Err([gate, up]) => self.reference(Tensor::from_dispatch(gate)) * Tensor::from_dispatch(up),
+            Err(both) => {
+                let [gate, up] = both.map(Tensor::from_dispatch);
+                match backward::gated(self, gate, up) {
+                    Ok(y) => y,
+                    Err((gate, up)) => self.reference(gate) * up,
+                }
+            }
         }
     }
 

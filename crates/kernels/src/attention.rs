@@ -8,7 +8,7 @@ use burn::tensor::{Bool, Device, Tensor, TensorData};
 
 pub use crate::flash::Visible;
 use crate::flash::{Flash, Rows};
-use crate::flex;
+use crate::{backward, flex};
 
 /// Which keys a query sees. Layers may share one.
 #[derive(Debug)]
@@ -35,6 +35,10 @@ impl Mask {
             visible,
             tensor: OnceCell::new(),
         }
+    }
+
+    pub(crate) fn visible(&self) -> &Visible {
+        &self.visible
     }
 
     fn explicit(&self, queries: usize, keys: usize, device: &Device) -> Explicit {
@@ -108,6 +112,10 @@ pub fn attention(
     bias: ScoreBias,
     options: AttentionOptions,
 ) -> Tensor<3> {
+    let ([q, k, v], bias) = match backward::attention([q, k, v], mask, bias, options) {
+        Ok(x) => return x,
+        Err(plain) => plain,
+    };
     if !bias.is_plain() {
         return reference([q, k, v], mask, bias, options);
     }
@@ -153,6 +161,7 @@ pub(crate) fn flash<R: Rows>(
         alibi: alibi.as_ref().map(flex::values),
         bias: (bias.as_ref()).map(|bias| flex::view(bias).broadcast([batch, heads, seq, keys])),
         visible: &mask.visible,
+        kept: None,
     };
     flex::tensor(flash.run(), [batch, seq, heads * value_dim])
 }

@@ -48,6 +48,8 @@ const SMALL: usize = 1 << 16;
 const FEW: usize = 4;
 /// Up to so many rows of `x`, weights that were not regrouped are multiplied as they lie.
 const AS_THEY_LIE: usize = 16;
+/// From so many rows of `x` on, they are regrouped as a whole before, instead of by every task.
+const REGROUPED: usize = 4 * ROWS;
 
 /// How the values of a [`DenseMatrix`] are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,6 +122,33 @@ impl DenseMatrix {
         matrix
     }
 
+    /// Regroups the transpose of row-major values `[cols, rows]`.
+    fn pack_turned([rows, cols]: [usize; 2], values: &[f32]) -> Self {
+        let panel_bytes = cols * PANEL * 4;
+        let panels = rows.div_ceil(PANEL);
+        let data = vec![0u8; panels * panel_bytes + 63];
+        let start = data.as_ptr().align_offset(64).min(63);
+        let mut matrix = Self {
+            rows,
+            cols,
+            float: Float::F32,
+            data,
+            start,
+        };
+        let to = &mut matrix.data[start..][..panels * panel_bytes];
+        for_each_chunk(to, panel_bytes.max(1), |panel, to| {
+            let own = panel * PANEL..rows.min((panel + 1) * PANEL);
+            for (row, to) in values
+                .chunks_exact(rows.max(1))
+                .zip(to.chunks_exact_mut(4 * PANEL))
+            {
+                let from = bytemuck::cast_slice(&row[own.clone()]);
+                to[..from.len()].copy_from_slice(from);
+            }
+        });
+        matrix
+    }
+
     /// `[out_features, in_features]`.
     pub fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
@@ -155,6 +184,8 @@ pub enum Weight<'a> {
     Packed(&'a DenseMatrix),
     /// Row-major values, and the numbers of rows and columns.
     Plain(&'a [f32], [usize; 2]),
+    /// The same, but it is the transposed matrix that lies there: `[columns, rows]`.
+    Turned(&'a [f32], [usize; 2]),
 }
 
 impl Weight<'_> {
@@ -162,7 +193,81 @@ impl Weight<'_> {
     pub fn shape(&self) -> [usize; 2] {
         match self {
             Self::Packed(matrix) => matrix.shape(),
-            Self::Plain(_, shape) => *shape,
+            Self::Plain(_, shape) | Self::Turned(_, shape) => *shape,
+        }
+    }
+}
+
+/// What weights are multiplied with: `[rows, columns]`, of which either the rows or the columns are dense.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    values: &'a [f32],
+    rows: usize,
+    columns: usize,
+    /// From a row to the next one, and from a column.
+    strides: [usize; 2],
+}
+
+impl<'a> Left<'a> {
+    /// Row-major values.
+    pub fn new(values: &'a [f32], columns: usize) -> Self {
+        Self {
+            values,
+            rows: values.len() / columns.max(1),
+            columns,
+            strides: [columns, 1],
+        }
+    }
+
+    /// The matrix whose transposed form `[columns, rows]` lies there.
+    pub fn turned(values: &'a [f32], rows: usize) -> Self {
+        Self {
+            values,
+            rows,
+            columns: values.len() / rows.max(1),
+            strides: [1, rows],
+        }
+    }
+
+    /// Some columns of row-major values.
+    pub fn part(self, columns: Range<usize>) -> Self {
+        Self {
+            values: &self.values[(columns.start * self.strides[1]).min(self.values.len())..],
+            columns: columns.len(),
+            ..self
+        }
+    }
+
+    /// Some rows.
+    fn block(self, rows: Range<usize>) -> Self {
+        Self {
+            values: &self.values[(rows.start * self.strides[0]).min(self.values.len())..],
+            rows: rows.len(),
+            ..self
+        }
+    }
+
+    /// All values, where they lie one after the other.
+    fn dense(&self) -> Option<&'a [f32]> {
+        let dense = self.strides == [self.columns, 1];
+        dense.then(|| &self.values[..self.rows * self.columns])
+    }
+
+    /// Writes some columns of all rows, which then begin `stride` apart.
+    fn copy(&self, columns: Range<usize>, stride: usize, to: &mut [f32]) {
+        let [row_stride, column_stride] = self.strides;
+        if column_stride == 1 {
+            for (row, to) in to.chunks_mut(stride).take(self.rows).enumerate() {
+                let from = &self.values[row * row_stride..][columns.clone()];
+                to[..columns.len()].copy_from_slice(from);
+            }
+            return;
+        }
+        for (index, column) in columns.enumerate() {
+            let from = &self.values[column * column_stride..][..self.rows];
+            for (to, from) in to[index..].iter_mut().step_by(stride).zip(from) {
+                *to = *from;
+            }
         }
     }
 }
@@ -173,12 +278,44 @@ pub type Layer<'a> = (Weight<'a>, Option<&'a [f32]>);
 /// `act(x · Wᵀ + bias)`, `[batch, out_features]`, of `x` `[batch, in_features]` for several weights of the same
 /// `in_features`.
 pub fn matmul(x: &[f32], in_features: usize, layers: &[Layer], act: Option<Activation>) -> Vec<Vec<f32>> {
-    let batch = x.len() / in_features.max(1);
-    let by_tiles = uses_tiles(batch);
-    let products: Vec<_> = layers
+    let x = Left::new(x, in_features);
+    let by_tiles = uses_tiles(x.rows);
+    let products = layers
         .iter()
-        .map(|layer| Product::new(*layer, batch, by_tiles))
+        .map(|layer| Product::new(*layer, x.rows, by_tiles))
         .collect();
+    multiply(x, products, act)
+}
+
+/// `x · Wᵀ`, `[rows, out_features]`, of `x` `[rows, in_features]`.
+pub(crate) fn product(x: Left, weight: Weight) -> Vec<f32> {
+    let product = Product::new((weight, None), x.rows, uses_tiles(x.rows));
+    multiply(x, vec![product], None).concat()
+}
+
+/// `sum + x · Wᵀ`.
+pub(crate) fn add_product(sum: Vec<f32>, x: Left, weight: Weight) -> Vec<f32> {
+    assert_eq!(sum.len(), x.rows * weight.shape()[0]);
+    let product = Product {
+        weight,
+        bias: None,
+        out: Output::over(sum),
+        by_tiles: false,
+        add: true,
+    };
+    multiply(x, vec![product], None).concat()
+}
+
+fn multiply(x: Left, given: Vec<Product>, act: Option<Activation>) -> Vec<Vec<f32>> {
+    let (batch, in_features) = (x.rows, x.columns);
+    let by_tiles = given.iter().any(|product| product.by_tiles);
+    let regrouped: Vec<_> = given.iter().map(|product| product.regrouped(batch)).collect();
+    let mut products = given;
+    for (product, matrix) in products.iter_mut().zip(&regrouped) {
+        if let Some(matrix) = matrix {
+            product.weight = Weight::Packed(matrix);
+        }
+    }
     // Rows in equal blocks, and so many pairs of panels a task that all threads have some.
     let blocks = batch.div_ceil(rows_of_a_task(by_tiles)).max(1);
     let rows = batch.div_ceil(blocks);
@@ -199,7 +336,7 @@ pub fn matmul(x: &[f32], in_features: usize, layers: &[Layer], act: Option<Activ
             let own = (chunk * size).max(first)..((chunk + 1) * size).min(first + count);
             if !own.is_empty() && !rows.is_empty() {
                 let task = Task {
-                    x: &x[rows.start * in_features..rows.end * in_features],
+                    x: x.block(rows.clone()),
                     product,
                     first_row: rows.start,
                     panels: 2 * (own.start - first)..2 * (own.end - first),
@@ -241,10 +378,10 @@ pub fn feed_forward(x: &[f32], in_features: usize, [first, second]: [Layer; 2], 
         let rows = block * rows..batch.min((block + 1) * rows);
         let between = Product::new(first, rows.len(), by_tiles);
         let x = &x[rows.start * in_features..rows.end * in_features];
-        Task::all(x, &between, 0, Some(act)).run();
+        Task::all(Left::new(x, in_features), &between, 0, Some(act)).run();
         // SAFETY: the task has written all rows.
         let between = unsafe { between.out.done() };
-        Task::all(&between, &out, rows.start, None).run();
+        Task::all(Left::new(&between, inner), &out, rows.start, None).run();
     });
     // SAFETY: the tasks have written all rows.
     unsafe { out.out.done() }
@@ -271,6 +408,8 @@ struct Product<'a> {
     out: Output,
     /// Whether there are matrix tiles to make it with.
     by_tiles: bool,
+    /// Whether it is added to what is there.
+    add: bool,
 }
 
 impl<'a> Product<'a> {
@@ -281,6 +420,24 @@ impl<'a> Product<'a> {
             bias,
             out,
             by_tiles,
+            add: false,
+        }
+    }
+
+    /// The weight in panels, where that pays and it is not.
+    fn regrouped(&self, rows: usize) -> Option<DenseMatrix> {
+        if rows < REGROUPED || self.by_tiles {
+            return None;
+        }
+        match self.weight {
+            Weight::Packed(_) => None,
+            Weight::Plain(values, [rows, cols]) => {
+                let bytes = bytemuck::cast_slice(values);
+                // As they lie in memory.
+                cfg!(target_endian = "little")
+                    .then(|| DenseMatrix::pack(Float::F32, rows, cols, bytes, &|_| ()))
+            }
+            Weight::Turned(values, shape) => Some(DenseMatrix::pack_turned(shape, values)),
         }
     }
 
@@ -296,7 +453,7 @@ thread_local! {
 
 /// Some rows of `x` times some panels.
 struct Task<'a> {
-    x: &'a [f32],
+    x: Left<'a>,
     product: &'a Product<'a>,
     /// The row of the result that the first row of `x` makes.
     first_row: usize,
@@ -306,7 +463,7 @@ struct Task<'a> {
 
 impl<'a> Task<'a> {
     /// All panels.
-    fn all(x: &'a [f32], product: &'a Product<'a>, first_row: usize, act: Option<Activation>) -> Self {
+    fn all(x: Left<'a>, product: &'a Product<'a>, first_row: usize, act: Option<Activation>) -> Self {
         Self {
             x,
             product,
@@ -317,15 +474,18 @@ impl<'a> Task<'a> {
     }
 
     fn run(&self) {
-        let [out_features, in_features] = self.product.weight.shape();
-        let rows = self.x.len() / in_features.max(1);
+        let [out_features, _] = self.product.weight.shape();
+        let rows = self.x.rows;
         let outputs = self.panels.start * PANEL..out_features.min(self.panels.end * PANEL);
-        match self.product.weight {
-            Weight::Plain(values, _) if rows <= AS_THEY_LIE => pulp::Arch::new().dispatch(AsTheyLie {
-                task: self,
-                values,
-                outputs: outputs.clone(),
-            }),
+        match (self.product.weight, self.x.dense()) {
+            (Weight::Plain(values, _), Some(x)) if rows <= AS_THEY_LIE && !self.product.add => {
+                pulp::Arch::new().dispatch(AsTheyLie {
+                    task: self,
+                    x,
+                    values,
+                    outputs: outputs.clone(),
+                });
+            }
             // SAFETY: there are tiles.
             _ if self.product.by_tiles && unsafe { self.by_tiles(rows, outputs.clone()) } => (),
             _ => self.by_panels(rows, outputs.clone()),
@@ -348,12 +508,7 @@ impl<'a> Task<'a> {
         let width = in_features.div_ceil(pieces);
         for piece in 0..pieces {
             let columns = piece * width..in_features.min((piece + 1) * width);
-            for (to, from) in x
-                .chunks_exact_mut(STRIDE)
-                .zip(self.x.chunks_exact(in_features.max(1)))
-            {
-                to[..columns.len()].copy_from_slice(&from[columns.clone()]);
-            }
+            self.x.copy(columns.clone(), STRIDE, x);
             for first in outputs.clone().step_by(2 * PANEL) {
                 let outputs = first..outputs.end.min(first + 2 * PANEL);
                 let (weights, stride, float) = self.weights(kernels, &outputs, &columns, rows, panel);
@@ -364,7 +519,7 @@ impl<'a> Task<'a> {
                     outputs: outputs.len(),
                     x: x.as_ptr(),
                     rows,
-                    add: piece > 0,
+                    add: self.product.add || piece > 0,
                     out: self.product.out.at(self.first_row * out_features + outputs.start),
                     out_stride: out_features,
                 };
@@ -412,6 +567,16 @@ impl<'a> Task<'a> {
                     }
                 }
             }
+            Weight::Turned(values, [out_features, _]) => {
+                for (panel, to) in panels.zip(scratch.chunks_exact_mut(stride)) {
+                    let rows = panel * PANEL..out_features.min((panel + 1) * PANEL);
+                    for (column, to) in columns.clone().zip(to.as_chunks_mut::<PANEL>().0) {
+                        let from = &values[column * out_features..][rows.clone()];
+                        to[..from.len()].copy_from_slice(from);
+                        to[from.len()..].fill(0.0);
+                    }
+                }
+            }
         }
         (scratch.as_ptr().cast(), 4 * stride, Float::F32)
     }
@@ -420,6 +585,7 @@ impl<'a> Task<'a> {
 /// Few rows times weights that are read once and not moved.
 struct AsTheyLie<'a> {
     task: &'a Task<'a>,
+    x: &'a [f32],
     values: &'a [f32],
     outputs: Range<usize>,
 }
@@ -431,7 +597,7 @@ impl WithSimd for AsTheyLie<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let (task, values) = (self.task, self.values);
         let [out_features, in_features] = task.product.weight.shape();
-        for (index, x) in task.x.chunks(4 * in_features.max(1)).enumerate() {
+        for (index, x) in self.x.chunks(4 * in_features.max(1)).enumerate() {
             let out = task.product.out.at((task.first_row + 4 * index) * out_features);
             let outputs = self.outputs.clone();
             // SAFETY: this task alone writes these outputs of its rows.
@@ -1183,6 +1349,36 @@ mod tests {
                     check(Weight::Packed(&packed), w, batch, Some(Activation::Relu));
                 }
                 check(Weight::Plain(&w, [rows, cols]), &w, batch, None);
+            }
+        }
+    }
+
+    /// Either side may be stored transposed, and a product may be added to what is there.
+    #[test]
+    fn turned_sides() {
+        let turn = |x: &[f32], columns: usize| -> Vec<f32> {
+            let rows = x.len() / columns;
+            (0..x.len()).map(|i| x[i % rows * columns + i / rows]).collect()
+        };
+        for [rows, cols] in [[1, 1], [5, 3], [33, 65], [100, 384], [17, 1000]] {
+            for batch in [1, 3, 15, 29, 130, 500] {
+                let (x, w) = (noise(1, batch * cols), noise(3, rows * cols));
+                let (turned_x, turned_w) = (turn(&x, cols), turn(&w, cols));
+                let expected = expected(&x, &w, [rows, cols], None);
+                let near = |found: &[f32], factor: f32| {
+                    let error = (found.iter().zip(&expected)).map(|(a, b)| (a - factor * b).abs());
+                    assert!(error.fold(0.0, f32::max) < 2e-5 * factor * (cols as f32).sqrt());
+                };
+                for x in [Left::new(&x, cols), Left::turned(&turned_x, batch)] {
+                    for w in [
+                        Weight::Plain(&w, [rows, cols]),
+                        Weight::Turned(&turned_w, [rows, cols]),
+                    ] {
+                        let once = product(x, w);
+                        near(&once, 1.0);
+                        near(&add_product(once, x, w), 2.0);
+                    }
+                }
             }
         }
     }

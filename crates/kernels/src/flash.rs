@@ -74,7 +74,7 @@ impl<'a, T> View<'a, T> {
     }
 
     /// All values from the row `rows.start` to the end of the last of `rows`.
-    fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> &'a [T] {
+    pub fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> &'a [T] {
         let [a, b, c] = self.strides;
         let start = batch * a + head * b;
         &self.values[start + rows.start * c..start + (rows.end - 1) * c + self.dims[3]]
@@ -158,6 +158,9 @@ pub(crate) struct Flash<'a, R = View<'a>> {
     /// `[batch, heads, seq, keys]`.
     pub bias: Option<View<'a>>,
     pub visible: &'a Visible,
+    /// Where a backward pass wants to know of each row its largest score, and 1 divided by the sum of its weights:
+    /// `[batch, heads, seq, 2]`.
+    pub kept: Option<&'a Output>,
 }
 
 /// How the work is cut.
@@ -191,7 +194,7 @@ impl<R: Rows> Flash<'_, R> {
         let tiles = seq.div_ceil(queries);
         let small = batch * heads * seq * keys * (dim + value_dim) < SMALL;
         let tasks = batch * kv_heads * tiles;
-        let pieces = if small {
+        let pieces = if small || self.kept.is_some() {
             1
         } else {
             (4 * num_threads()).div_ceil(tasks).clamp(1, keys.div_ceil(KEYS))
@@ -391,6 +394,11 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
             let (query, head) = (queries.start + row / cut.group, kv * cut.group + row % cut.group);
             let to = out.at(((b * seq + query) * f.q.dims[1] + head) * value_dim);
             let scale = total[row].recip();
+            if let Some(kept) = f.kept {
+                let to = kept.at(2 * ((b * f.q.dims[1] + head) * seq + query));
+                // SAFETY: as below.
+                unsafe { to.cast::<[f32; 2]>().write([most[row], scale]) };
+            }
             for (i, sum) in sums.iter().enumerate() {
                 // SAFETY: nobody else writes the result of this query and head.
                 unsafe { to.add(i).write(sum * scale) };
@@ -732,6 +740,7 @@ mod tests {
             alibi: extras.then_some(&per_head),
             bias: extras.then_some(bias),
             visible,
+            kept: None,
         };
         let worst = (flash.run().iter().zip(naive(&flash)))
             .map(|(a, b)| (a - b).abs())

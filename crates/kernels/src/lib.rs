@@ -7,7 +7,10 @@ pub mod activation;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 pub mod attention;
+pub mod autodiff;
+mod backward;
 pub mod cached;
+pub mod cross_entropy;
 pub mod dense;
 mod flash;
 mod flex;
@@ -26,8 +29,10 @@ pub mod threads;
 
 pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
+pub use backward::{rows, split};
 pub use cached::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, cached_attention};
-pub use linear::{Weight, feed_forward, linear, linears};
+pub use cross_entropy::{CrossEntropyOptions, LabelError, cross_entropy};
+pub use linear::{Weight, feed_forward, gated_feed_forward, linear, linears};
 pub use math::{argmax, softmax};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use packed::{Form, PackedMatrix, packed_rows};

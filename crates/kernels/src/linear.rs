@@ -6,6 +6,7 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{Tensor, TensorData};
 
 use crate::activation::Activation;
+use crate::backward;
 use crate::dense;
 use crate::flex;
 use crate::int8::{self, Int8Matrix};
@@ -49,16 +50,39 @@ pub fn linears<const D: usize, const N: usize>(
     act: Option<Activation>,
 ) -> [Tensor<D>; N] {
     if !layers.iter().all(is_plain) {
-        return layers.map(|layer| reference(x.clone(), layer, act));
+        return elsewhere(x, layers, act);
     }
     match flex::unwrap(x) {
         Ok(x) => on_the_cpu(x, layers, act),
-        Err(x) => layers.map(|layer| reference(x.clone(), layer, act)),
+        Err(x) => elsewhere(x, layers, act),
     }
+}
+
+/// Where automatic differentiation knows some of the tensors, or they are on another device.
+fn elsewhere<const D: usize, const N: usize>(
+    x: Tensor<D>,
+    layers: [Layer; N],
+    act: Option<Activation>,
+) -> [Tensor<D>; N] {
+    let (x, layers) = match N {
+        1 => (x, layers),
+        _ => match backward::several(x, layers, act) {
+            Ok(ys) => return ys,
+            Err(others) => others,
+        },
+    };
+    layers.map(|layer| match backward::linear(x.clone(), layer, act) {
+        Ok(y) => y,
+        Err((x, layer)) => reference(x, layer, act),
+    })
 }
 
 /// A feed-forward block: one layer, the activation, and another layer; `[.., in_features]` to `[.., out_features]`.
 pub fn feed_forward<const D: usize>(x: Tensor<D>, [first, second]: [Layer; 2], act: Activation) -> Tensor<D> {
+    let (x, [first, second]) = match backward::feed_forward(x, [first, second], act) {
+        Ok(y) => return y,
+        Err(plain) => plain,
+    };
     if !is_plain(&first) || !is_plain(&second) {
         return linear(linear(x, first, Some(act)), second, None);
     }
@@ -74,6 +98,18 @@ pub fn feed_forward<const D: usize>(x: Tensor<D>, [first, second]: [Layer; 2], a
     let out = dense::feed_forward(flex::values(&x), dims[D - 1], [a, b], act);
     dims[D - 1] = operands[1].out_features();
     flex::tensor(out, dims)
+}
+
+/// A gated feed-forward block (Shazeer, 2020): `down(act(gate(x)) · up(x))`; `[.., in_features]` to
+/// `[.., out_features]`.
+pub fn gated_feed_forward<const D: usize>(x: Tensor<D>, layers: [Layer; 3], act: Activation) -> Tensor<D> {
+    match backward::gated_feed_forward(x, layers, act) {
+        Ok(y) => y,
+        Err((x, [gate, up, down])) => {
+            let [gate, up] = linears(x, [gate, up], None);
+            linear(act.gated(gate, up), down, None)
+        }
+    }
 }
 
 /// Whether a kernel may read the values.
@@ -203,8 +239,12 @@ fn finish(out: &mut [f32], operand: &Operand, act: Option<Activation>) {
     });
 }
 
-/// The same of tensor operations, with widened weights on the device of `x`.
-fn reference<const D: usize>(x: Tensor<D>, (weight, bias): Layer, act: Option<Activation>) -> Tensor<D> {
+/// [`linear`] of tensor operations, with widened weights on the device of `x`.
+pub(crate) fn reference<const D: usize>(
+    x: Tensor<D>,
+    (weight, bias): Layer,
+    act: Option<Activation>,
+) -> Tensor<D> {
     let [out_features, in_features] = weight.shape();
     let weight = match weight {
         Weight::Dense(tensor) => tensor,

@@ -69,6 +69,23 @@ pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     total
 }
 
+/// `Σ xᵢ yᵢ` in many partial sums.
+#[inline(always)]
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let ((chunks, rest), (other_chunks, other_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let mut sums = [0.0f32; LANES];
+    for (x, y) in chunks.iter().zip(other_chunks) {
+        for ((sum, x), y) in sums.iter_mut().zip(x).zip(y) {
+            *sum += x * y;
+        }
+    }
+    let mut total = fold(sums, |a, b| a + b);
+    for (x, y) in rest.iter().zip(other_rest) {
+        total += x * y;
+    }
+    total
+}
+
 /// Puts lanes together, half of them at a time.
 #[inline(always)]
 fn fold<const LANES: usize>(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::output::Output;
-use crate::{flex, math};
+use crate::{backward, flex, math};
 
 /// Root mean square norm (Zhang and Sennrich, 2019): `x / sqrt(mean(x²) + eps) · (weight + offset)` for `x`
 /// `[.., size]` and `weight` `[size]`.
@@ -26,7 +26,11 @@ pub fn add_rms_norm<const D: usize>(
 ) -> (Tensor<D>, Tensor<D>) {
     let dims = x.dims();
     let separately = |x: Tensor<D>, residual: Tensor<D>, weight| {
-        let sum = x + residual;
+        let sum = if x.dims() == residual.dims() {
+            sum(x, residual)
+        } else {
+            x + residual
+        };
         (rms_norm(sum.clone(), weight, offset, eps), sum)
     };
     if dims != residual.dims() {
@@ -133,17 +137,29 @@ fn run<const D: usize>(
         .flatten()
         .all(flex::is_plain)
     {
-        let mut y = Tensor::from_dispatch(x);
+        let mut x = Tensor::from_dispatch(x);
         if let Some(residual) = residual {
-            y = y + Tensor::from_dispatch(residual);
+            x = sum(x, Tensor::from_dispatch(residual));
         }
-        y = reference(y);
-        if let Some(weight) = weight.map(Tensor::<1>::from_dispatch) {
+        let [weight, bias] = [weight, bias].map(|x| x.map(Tensor::from_dispatch));
+        let norm = backward::Norm {
+            weight,
+            bias,
+            offset,
+            eps,
+            centered,
+        };
+        let (x, [weight, bias]) = match backward::norm(x, norm) {
+            Ok(y) => return y,
+            Err(others) => others,
+        };
+        let mut y = reference(x);
+        if let Some(weight) = weight {
             let weight = if offset == 0.0 { weight } else { weight + offset };
             y = y * weight.unsqueeze();
         }
         return match bias {
-            Some(bias) => y + Tensor::<1>::from_dispatch(bias).unsqueeze(),
+            Some(bias) => y + bias.unsqueeze(),
             None => y,
         };
     }
@@ -162,6 +178,14 @@ fn run<const D: usize>(
             centered,
         });
     }))
+}
+
+/// `x + y`, of the same shape, where automatic differentiation may know them.
+fn sum<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    match backward::add(x, y) {
+        Ok(sum) => sum,
+        Err((x, y)) => x + y,
+    }
 }
 
 struct Rows<'a> {

@@ -21,6 +21,15 @@ impl Output {
         Self { values, start }
     }
 
+    /// Values that are there, and may be written.
+    pub fn over(values: Vec<f32>) -> Self {
+        let mut values = ManuallyDrop::new(values);
+        let (start, len, capacity) = (values.as_mut_ptr(), values.len(), values.capacity());
+        // SAFETY: the parts of a vector of the same layout, whose elements need have no values.
+        let values = unsafe { Vec::from_raw_parts(start.cast(), len, capacity) };
+        Self { values, start }
+    }
+
     /// Where the value `index` is written.
     pub fn at(&self, index: usize) -> *mut f32 {
         self.start.wrapping_add(index)

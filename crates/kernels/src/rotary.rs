@@ -4,7 +4,8 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::Tensor;
 
 use crate::flash::View;
-use crate::flex;
+use crate::threads::{for_each, pieces};
+use crate::{backward, flex};
 
 /// Rotates pairs of the first `2 * half` of the last dimension of `x` `[batch, heads, seq, dim]` by the angles
 /// whose cosine and sine are `[batch or 1, 1, seq, half]`. A pair is two neighbours if `interleaved`, otherwise
@@ -17,12 +18,13 @@ pub fn rotary(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>, interleaved: bool) -
             flex::dense_rows(sin),
             interleaved,
         )),
-        Err([x, cos, sin]) => reference(
-            Tensor::from_dispatch(x),
-            Tensor::from_dispatch(cos),
-            Tensor::from_dispatch(sin),
-            interleaved,
-        ),
+        Err(tensors) => {
+            let [x, cos, sin] = tensors.map(Tensor::from_dispatch);
+            match backward::rotary(x, cos, sin, interleaved) {
+                Ok(y) => y,
+                Err([x, cos, sin]) => reference(x, cos, sin, interleaved),
+            }
+        }
     }
 }
 
@@ -70,27 +72,66 @@ fn rotate(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, interleaved: bool) ->
     // One table for all sequences, or one each.
     let table = |view: View<'_>, i: usize| i.min(view.dims[0] - 1);
     let dim = 2 * cos.dims[3];
-    let values = x.storage_mut::<f32>();
-    for i in 0..batch {
-        for j in 0..seq {
-            let (cos, sin) = (cos.row(table(cos, i), 0, j), sin.row(table(sin, i), 0, j));
+    assert!(dim <= layout.shape()[3]);
+    let values = Start(x.storage_mut::<f32>().as_mut_ptr());
+    let rows = batch * seq;
+    let (tasks, size) = pieces(rows, (1usize << 13).div_ceil((heads * dim).max(1)));
+    for_each(tasks, |index| {
+        for row in index * size..rows.min((index + 1) * size) {
+            let (i, j) = (row / seq, row % seq);
             for head in 0..heads {
                 let at = start + i * a + head * b + j * c;
-                let x = &mut values[at..at + dim];
-                if interleaved {
-                    for ((x, cos), sin) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
-                        *x = [x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin];
-                    }
-                } else {
-                    let (first, second) = x.split_at_mut(dim / 2);
-                    for (((x, y), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                        (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
-                    }
-                }
+                // SAFETY: the layout says that the row lies there, and that no two rows share any value.
+                let x = unsafe { std::slice::from_raw_parts_mut(values.at(at), dim) };
+                pulp::Arch::new().dispatch(Row {
+                    x,
+                    cos: cos.row(table(cos, i), 0, j),
+                    sin: sin.row(table(sin, i), 0, j),
+                    interleaved,
+                });
             }
         }
-    }
+    });
     x
+}
+
+/// Where values are that several tasks change, each its own.
+struct Start(*mut f32);
+
+// SAFETY: tasks only get addresses, and whoever writes to one vouches for it.
+unsafe impl Sync for Start {}
+
+impl Start {
+    fn at(&self, index: usize) -> *mut f32 {
+        self.0.wrapping_add(index)
+    }
+}
+
+/// Turns one row.
+struct Row<'a> {
+    x: &'a mut [f32],
+    cos: &'a [f32],
+    sin: &'a [f32],
+    interleaved: bool,
+}
+
+impl pulp::WithSimd for Row<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        let Self { x, cos, sin, .. } = self;
+        if self.interleaved {
+            for ((x, cos), sin) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                *x = [x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin];
+            }
+            return;
+        }
+        let (first, second) = x.split_at_mut(x.len() / 2);
+        for (((x, y), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
+        }
+    }
 }
 
 /// Whether the last dimension is dense and every other steps over all that lies within it.

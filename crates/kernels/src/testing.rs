@@ -13,8 +13,10 @@ pub(crate) fn noise<const D: usize>(seed: u32, shape: [usize; D]) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values, shape), &burn::tensor::Device::flex())
 }
 
-/// The same tensor with gradients, which takes the reference of an operator.
+/// The same tensor with gradients, which takes the reference of an operator: so do all operators of this thread from now
+/// on.
 pub(crate) fn tracked<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    crate::autodiff::REFERENCE.set(true);
     Tensor::from_data(x.into_data(), &burn::tensor::Device::flex().autodiff())
 }
 

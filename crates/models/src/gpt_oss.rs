@@ -10,7 +10,7 @@ use oxiformers_nn::moe::{mix_experts, spread, top_k};
 use oxiformers_nn::quant::mxfp4::{Mxfp4Stack, Slice};
 use oxiformers_nn::{
     Attention, AttentionConfig, Context, Decoder, DecoderConfig, DecoderLayer, Error, Init, Linear, Result,
-    RmsNorm, Role, Rope, RopeSettings, Weights,
+    RmsNorm, Role, Rope, RopeSettings, Slot, Weights,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -92,14 +92,36 @@ pub struct Experts {
     gate: Vec<Matrix>,
     up: Vec<Matrix>,
     down: Vec<Matrix>,
-    /// `[experts, inner]`.
-    gate_bias: Param<Tensor<2>>,
-    /// `[experts, inner]`.
-    up_bias: Param<Tensor<2>>,
+    gate_up_bias: GateUpBias,
     /// `[experts, hidden_size]`.
     down_bias: Param<Tensor<2>>,
     alpha: f64,
     limit: f64,
+}
+
+/// The biases of gates and ups.
+#[derive(Module, Debug)]
+pub enum GateUpBias {
+    /// `[experts, inner]` each.
+    Apart([Param<Tensor<2>>; 2]),
+    /// Taking turns: `[experts, 2 * inner]`.
+    Together(Param<Tensor<2>>),
+}
+
+impl GateUpBias {
+    /// Those of an expert's gate and up, `[inner]` each.
+    fn of(&self, expert: usize) -> [Tensor<1>; 2] {
+        let row = |bias: &Param<Tensor<2>>| bias.val().narrow(0, expert, 1);
+        match self {
+            Self::Apart(both) => both.each_ref().map(|bias| row(bias).squeeze_dim(0)),
+            Self::Together(both) => {
+                let both = row(both);
+                let pairs = both.dims()[1] / 2;
+                let pairs = both.reshape([pairs, 2]);
+                [0, 1].map(|half| pairs.clone().narrow(1, half, 1).squeeze_dim(1))
+            }
+        }
+    }
 }
 
 impl Experts {
@@ -108,7 +130,7 @@ impl Experts {
     /// in MXFP4.
     fn load(w: &Weights, c: &Config) -> Result<Self> {
         let (count, hidden, inner) = (c.num_local_experts, c.hidden_size, c.intermediate_size);
-        let ([gate, up, down], gate_bias, up_bias, down_bias) = if w.contains("gate_proj.weight") {
+        let ([gate, up, down], gate_up_bias, down_bias) = if w.contains("gate_proj.weight") {
             let bias = |name: &str, width| w.param(name, [count, width], Init::Zeros);
             (
                 [
@@ -116,24 +138,19 @@ impl Experts {
                     w.matrices("up_proj.weight", [count, inner, hidden])?,
                     w.matrices("down_proj.weight", [count, hidden, inner])?,
                 ],
-                bias("gate_proj.bias", inner)?,
-                bias("up_proj.bias", inner)?,
+                GateUpBias::Apart([bias("gate_proj.bias", inner)?, bias("up_proj.bias", inner)?]),
                 bias("down_proj.bias", hidden)?,
             )
         } else {
             let gate_up = Stored::load(w, "gate_up_proj", [count, 2 * inner, hidden])?;
             let down = Stored::load(w, "down_proj", [count, hidden, inner])?;
-            let both = w.param::<2>("gate_up_proj_bias", [count, 2 * inner], Init::Zeros)?;
-            let both = both.val().reshape([count, inner, 2]);
-            let half = |i| Param::from_tensor(both.clone().narrow(2, i, 1).reshape([count, inner]));
             (
                 [
                     gate_up.matrices(w, 0, 2)?,
                     gate_up.matrices(w, 1, 2)?,
                     down.matrices(w, 0, 1)?,
                 ],
-                half(0),
-                half(1),
+                GateUpBias::Together(w.param("gate_up_proj_bias", [count, 2 * inner], Init::Zeros)?),
                 w.param("down_proj_bias", [count, hidden], Init::Zeros)?,
             )
         };
@@ -141,8 +158,7 @@ impl Experts {
             gate,
             up,
             down,
-            gate_bias,
-            up_bias,
+            gate_up_bias,
             down_bias,
             alpha: c.swiglu_alpha,
             limit: c.swiglu_limit,
@@ -151,14 +167,15 @@ impl Experts {
 
     /// The experts' answers to `x` `[tokens, hidden]`, mixed by `weights` `[tokens, experts]`.
     pub fn forward(&self, x: Tensor<2>, weights: Tensor<2>) -> Tensor<2> {
-        let linear = |x: Tensor<2>, weight: &Matrix, bias: &Param<Tensor<2>>, e: usize| {
-            weight.linear(x, Some(bias.val().narrow(0, e, 1).squeeze_dim(0)))
-        };
         mix_experts(x, weights, |e, x| {
-            let gate = linear(x.clone(), &self.gate[e], &self.gate_bias, e).clamp_max(self.limit);
-            let up = linear(x, &self.up[e], &self.up_bias, e).clamp(-self.limit, self.limit);
+            let [gate_bias, up_bias] = self.gate_up_bias.of(e);
+            let gate = self.gate[e]
+                .linear(x.clone(), Some(gate_bias))
+                .clamp_max(self.limit);
+            let up = self.up[e].linear(x, Some(up_bias)).clamp(-self.limit, self.limit);
             let glu = gate.clone() * activation::sigmoid(gate * self.alpha);
-            linear((up + 1.0) * glu, &self.down[e], &self.down_bias, e)
+            let down_bias = self.down_bias.val().narrow(0, e, 1).squeeze_dim(0);
+            self.down[e].linear((up + 1.0) * glu, Some(down_bias))
         })
     }
 }
@@ -213,7 +230,13 @@ impl Stored {
                 },
                 Form::Mxfp4(stack) => stack.rows(Slice { index, first, step }),
             };
-            w.matrix_of(&format!("{}.{index}.{first}", self.name), view)
+            let matrix = w.matrix_of(&format!("{}.{index}.{first}", self.name), view)?;
+            let slot = Slot {
+                offset: index * rows * columns + first,
+                strides: vec![step, rows],
+                ..Slot::whole(w.full(self.name), &[count, columns, rows])
+            };
+            Ok(w.lies(matrix, slot))
         };
         (0..count).map(each).collect()
     }

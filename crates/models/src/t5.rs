@@ -87,11 +87,14 @@ pub struct Layer {
 }
 
 impl DecoderLayer for Layer {
-    fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
+    fn prepare(&self, cx: &mut Context) {
         if let Some(bias) = &self.relative_bias {
             let (past, seq) = (cx.past(), cx.seq());
             cx.set_bias(Some(bias.forward(past, seq, past + seq)));
         }
+    }
+
+    fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
         let normed = self.self_attention_norm.forward(x.clone());
         let mut x = x + self.self_attention.forward(normed, cx);
         if let (Some(attention), Some(norm)) = (&self.cross_attention, &self.cross_attention_norm) {

@@ -10,7 +10,7 @@ use oxiformers_nn::encoder::{TABLE_IDS, run_layers};
 use oxiformers_nn::linear::Matrix;
 use oxiformers_nn::{
     Backbone, Embedding, Embeddings, EmbeddingsConfig, EncoderInputs, EncoderLayer, EncoderOutput, Error,
-    Head, Linear, Result, Weights,
+    Head, Linear, Result, Slot, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -321,10 +321,15 @@ impl Config {
             let message = format!("is {}; it must be above 0", own.temperature);
             return Err(Error::config("temperature", message));
         }
-        let stored = |name: &str, shape: &[usize], width| {
+        let stored = |name: &str, shape: &[usize], width| -> Result<Matrix> {
             let mut view = w.view(name, shape)?;
             view.shape = vec![1, width];
-            w.matrix_of(name, view)
+            let matrix = w.matrix_of(name, view)?;
+            let slot = Slot {
+                strides: vec![width, 1],
+                ..Slot::whole(w.full(name), shape)
+            };
+            Ok(w.lies(matrix, slot))
         };
         let aggregation = match own.num_aggregation_labels {
             0 => None,

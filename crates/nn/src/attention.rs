@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use oxiformers_kernels::{AttentionOptions, ScoreBias, cached_attention};
+use oxiformers_kernels::{AttentionOptions, ScoreBias, cached_attention, split};
 
 use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
 
@@ -98,8 +98,8 @@ pub enum QkNorm {
 /// A layer norm or RMS norm whose heads have a weight each.
 #[derive(Module, Debug)]
 pub struct PerHeadNorm {
-    /// `[heads, head_dim]`.
-    weight: Param<Tensor<2>>,
+    /// `[heads, head_dim]`, or `[1, head_dim]` for each head.
+    weights: Vec<Param<Tensor<2>>>,
     #[module(skip)]
     norm: Norm,
 }
@@ -108,29 +108,27 @@ impl PerHeadNorm {
     /// Layer norm without bias over each head, with `weight` `[heads, head_dim]`, or `norms.0.weight` and so on
     /// `[head_dim]` where each head's is stored apart.
     pub fn load_layer_norm(w: &Weights, heads: usize, head_dim: usize, eps: f64) -> Result<Self> {
-        let weight = if w.is_stored("norms.0.weight") {
-            let rows = (0..heads).map(|head| {
+        let weights = if w.is_stored("norms.0.weight") {
+            let row = |head| {
                 w.pp("norms")
                     .pp(head)
-                    .param::<1>("weight", [head_dim], Init::Ones)
-            });
-            let rows = rows
-                .map(|row| Ok(row?.val().unsqueeze::<2>()))
-                .collect::<Result<Vec<_>>>()?;
-            Param::from_tensor(Tensor::cat(rows, 0))
+                    .param_as("weight", [head_dim], [1, head_dim], Init::Ones)
+            };
+            (0..heads).map(row).collect::<Result<_>>()?
         } else {
-            w.param("weight", [heads, head_dim], Init::Ones)?
+            vec![w.param("weight", [heads, head_dim], Init::Ones)?]
         };
         Ok(Self {
-            weight,
+            weights,
             norm: LayerNorm::unweighted(eps).into(),
         })
     }
 
     /// `[batch, heads, seq, head_dim]` to the same shape.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let [heads, head_dim] = self.weight.val().dims();
-        self.norm.forward(x) * self.weight.val().reshape([1, heads, 1, head_dim])
+        let weight = Tensor::cat(self.weights.iter().map(Param::val).collect(), 0);
+        let [heads, head_dim] = weight.dims();
+        self.norm.forward(x) * weight.reshape([1, heads, 1, head_dim])
     }
 }
 
@@ -290,11 +288,8 @@ impl Attention {
             Projection::Stacked(qkv) => {
                 let qkv = clip(qkv.forward(x));
                 let (q_width, kv_width) = (heads * dim, kv_heads * dim);
-                (
-                    qkv.clone().narrow(2, 0, q_width),
-                    qkv.clone().narrow(2, q_width, kv_width),
-                    qkv.narrow(2, q_width + kv_width, kv_width),
-                )
+                let [q, k, v] = split(qkv, [q_width, kv_width, kv_width]);
+                (q, k, v)
             }
             Projection::Grouped(qkv) => {
                 let group = heads / kv_heads;

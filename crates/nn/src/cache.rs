@@ -187,6 +187,29 @@ impl Cache {
         });
     }
 
+    /// Keys and values of what an encoder has read, for one layer.
+    pub(crate) fn source_of(&self, layer: usize) -> Option<(Tensor<4>, Tensor<4>)> {
+        self.source.as_ref()?.layers.get(layer).cloned()
+    }
+
+    /// Others in their place; those of other layers are forgotten.
+    pub(crate) fn set_source_of(&mut self, layer: usize, own: (Tensor<4>, Tensor<4>)) {
+        if let Some(source) = &mut self.source {
+            source.layers = vec![own; layer + 1];
+        }
+    }
+
+    /// The same without any token.
+    pub(crate) fn emptied(&self) -> Self {
+        let mut own = self.clone();
+        for layer in &mut own.layers {
+            layer.entries = None;
+        }
+        own.clear();
+        own.context = self.context;
+        own
+    }
+
     /// Whether there is a source.
     pub fn has_source(&self) -> bool {
         self.source.is_some()

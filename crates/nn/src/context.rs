@@ -23,6 +23,54 @@ pub struct Context<'a> {
     ropes: HashMap<usize, (Tensor<4>, Tensor<4>)>,
 }
 
+/// What a layer that runs alone is told, of a pass without earlier tokens.
+#[derive(Clone)]
+pub(crate) struct Alone {
+    /// Empty, or none in an encoder.
+    cache: Option<Cache>,
+    tokens: Vec<Range<usize>>,
+    device: Device,
+    seq: usize,
+    layer: usize,
+    given_positions: Vec<Vec<usize>>,
+    bias: Option<Tensor<4>>,
+}
+
+impl Alone {
+    /// Tensors that gradients go to: the bias, and keys and values of what an encoder has read.
+    pub(crate) fn tensors(&self) -> Vec<Tensor<4>> {
+        let source = self.cache.as_ref().and_then(|cache| cache.source_of(self.layer));
+        let source = source.into_iter().flat_map(|(keys, values)| [keys, values]);
+        self.bias.clone().into_iter().chain(source).collect()
+    }
+
+    /// The same with others in place of these.
+    pub(crate) fn with(&self, tensors: Vec<Tensor<4>>) -> Self {
+        let mut own = self.clone();
+        let mut tensors = tensors.into_iter();
+        if own.bias.is_some() {
+            own.bias = tensors.next();
+        }
+        if let (Some(cache), Some(keys), Some(values)) = (&mut own.cache, tensors.next(), tensors.next()) {
+            cache.set_source_of(own.layer, (keys, values));
+        }
+        own
+    }
+
+    /// A pass of that layer.
+    pub(crate) fn context(&mut self) -> Context<'_> {
+        let past = match &mut self.cache {
+            Some(cache) => Past::Cache(cache),
+            None => Past::None(self.tokens.clone()),
+        };
+        let mut cx = Context::with_past(past, self.seq, self.device.clone());
+        cx.layer = self.layer;
+        cx.given_positions = self.given_positions.clone();
+        cx.bias = self.bias.clone();
+        cx
+    }
+}
+
 /// What the tokens of a pass see besides each other.
 enum Past<'a> {
     /// The tokens of earlier passes; no token sees a later one.
@@ -75,6 +123,24 @@ impl<'a> Context<'a> {
     /// See [`set_bias`](Self::set_bias).
     pub fn bias(&self) -> Option<Tensor<4>> {
         self.bias.clone()
+    }
+
+    /// What the running layer is told; none where there are earlier tokens.
+    pub(crate) fn alone(&self) -> Option<Alone> {
+        let (cache, tokens) = match &self.past {
+            Past::Cache(cache) if cache.is_empty() => (Some(cache.emptied()), Vec::new()),
+            Past::Cache(_) => return None,
+            Past::None(tokens) => (None, tokens.clone()),
+        };
+        Some(Alone {
+            cache,
+            tokens,
+            device: self.device.clone(),
+            seq: self.seq,
+            layer: self.layer,
+            given_positions: self.given_positions.clone(),
+            bias: self.bias.clone(),
+        })
     }
 
     /// Says which layer runs next.

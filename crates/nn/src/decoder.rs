@@ -8,7 +8,10 @@ use burn::tensor::{Int, Tensor};
 use crate::{Cache, CacheKind, Context, Embedding, Linear, Norm, Positions, Result, Role, Stack, Weights};
 
 /// One layer of a decoder.
-pub trait DecoderLayer: Module + Debug {
+pub trait DecoderLayer: Module + Debug + 'static {
+    /// Says what holds from this layer on. Runs before [`forward`](Self::forward).
+    fn prepare(&self, _cx: &mut Context) {}
+
     /// `[batch, seq, hidden_size]` to the same shape.
     fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3>;
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use crate::checkpointing;
 use crate::{Context, Embedding, Error, LayerNorm, Linear, Norm, RelativeBias, Result, Weights};
 
 /// Number of types that a token has in a table.
@@ -365,7 +366,7 @@ fn position_ids(
 }
 
 /// One layer of an encoder.
-pub trait EncoderLayer: Module + Debug {
+pub trait EncoderLayer: Module + Debug + 'static {
     /// `[batch, seq, hidden_size]` to the same shape.
     fn forward(&self, x: Tensor<3>, cx: &mut Context) -> Tensor<3>;
 }
@@ -416,7 +417,7 @@ impl<L: EncoderLayer> Backbone for Encoder<L> {
         let layers = self.order.iter().filter_map(|index| self.layers.get(*index));
         let mut output = run_layers(layers, x, inputs, |index, layer, x| {
             cx.enter_layer(index);
-            layer.forward(x, cx)
+            checkpointing::run_layer(layer, x, cx, |layer, x, cx| layer.forward(x, cx))
         });
         if let Some(norm) = &self.norm {
             output.last_hidden_state = norm.forward(output.last_hidden_state);

@@ -8,6 +8,7 @@ pub mod adapter;
 pub mod attention;
 pub mod blocks;
 pub mod cache;
+pub mod checkpointing;
 pub mod context;
 pub mod cross_attention;
 pub mod decoder;
@@ -20,6 +21,7 @@ pub mod linear;
 pub mod mlp;
 pub mod moe;
 pub mod norm;
+pub mod parameters;
 pub mod positions;
 mod quantized;
 pub mod relative;
@@ -33,6 +35,7 @@ pub use adapter::{Adapter, Switch, Target, TargetKind};
 pub use attention::{Attention, AttentionConfig, Projection, QkNorm};
 pub use blocks::BlockWindows;
 pub use cache::{Cache, CacheKind, CachePrecision, QuantizedCacheConfig};
+pub use checkpointing::with_gradient_checkpointing;
 pub use context::Context;
 pub use cross_attention::CrossAttention;
 pub use decoder::{Decoder, DecoderConfig, DecoderLayer, LogitsFor};
@@ -47,8 +50,12 @@ pub use linear::{Linear, Observer};
 pub use mlp::{GatedMlp, Mlp};
 pub use norm::{LayerNorm, Norm, RmsNorm};
 pub use oxiformers_kernels::attention::attention as attend;
-pub use oxiformers_kernels::{Activation, AttentionOptions, CodeBits, GroupAxis, Mask, ScoreBias, Visible};
+pub use oxiformers_kernels::{
+    Activation, AttentionOptions, CodeBits, CrossEntropyOptions, GroupAxis, LabelError, Mask, ScoreBias, Visible,
+    cross_entropy,
+};
 pub use oxiformers_quant as quant;
+pub use parameters::{Parameter, Parameters, Slot};
 pub use positions::Positions;
 pub use relative::RelativeBias;
 pub use rope::{Rope, RopeParameters, RopeSettings};

@@ -3,9 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Int, Tensor};
-use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, linear, linears};
+use oxiformers_kernels::{
+    Activation, PackedMatrix, Weight, feed_forward, gated_feed_forward, linear, linears,
+};
 
 use crate::adapter::{Active, AdapterLayer};
 use crate::{Error, Init, Result, RmsNorm, TargetKind, Weights};
@@ -138,6 +140,11 @@ impl Matrix {
         }
     }
 
+    /// Which parameter it is, if it is one.
+    pub fn param_id(&self) -> Option<ParamId> {
+        self.dense.as_ref().map(|dense| dense.id)
+    }
+
     /// The matrix in its storage format, if it is held so.
     pub(crate) fn as_packed(&self) -> Option<&Arc<dyn PackedMatrix>> {
         self.packed.as_ref()
@@ -207,7 +214,7 @@ impl Matrix {
     fn rows_alone(&self, ids: Tensor<1, Int>) -> Tensor<2> {
         match (&self.packed, &self.dense) {
             (Some(packed), _) => oxiformers_kernels::packed_rows(ids, packed),
-            (None, Some(dense)) => dense.val().select(0, ids),
+            (None, Some(dense)) => oxiformers_kernels::rows(dense.val(), ids),
             (None, None) => Tensor::zeros([0, 0], &ids.device()),
         }
     }
@@ -296,6 +303,23 @@ impl Linear {
         }
         let operands = layers.map(|layer| layer.operand(&x));
         feed_forward(x, operands, act)
+    }
+
+    /// `down(act(gate(x)) · up(x))`: `[.., in_features]` to `[.., out_features]`.
+    pub fn gated_feed_forward<const D: usize>(
+        layers: [&Self; 3],
+        x: Tensor<D>,
+        act: Activation,
+    ) -> Tensor<D> {
+        let [gate, up, down] = layers;
+        let changed =
+            |layer: &&Self| layer.weight.input.is_some() || Active::of(&layer.weight.adapters).is_some();
+        if down.weight.observed.is_some() || layers.iter().any(changed) {
+            let [gate, up] = Self::forward_all([gate, up], x);
+            return down.forward(act.gated(gate, up));
+        }
+        let operands = layers.map(|layer| layer.operand(&x));
+        gated_feed_forward(x, operands, act)
     }
 
     fn operand<const D: usize>(&self, x: &Tensor<D>) -> (Weight, Option<Tensor<1>>) {

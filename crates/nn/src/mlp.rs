@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
+use oxiformers_kernels::split;
 
 use crate::linear::Matrix;
 use crate::{Activation, Linear, Result, Weights};
@@ -99,16 +100,13 @@ impl GatedMlp {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let (gate, up) = match (&self.gate_proj, &self.up_proj, &self.gate_up_proj) {
             (Some(gate), Some(up), _) => {
-                let [gate, up] = Linear::forward_all([gate, up], x);
-                (gate, up)
+                return Linear::gated_feed_forward([gate, up, &self.down_proj], x, self.act);
             }
             (_, _, Some(both)) => {
                 let both = both.forward(x);
                 let half = both.dims()[D - 1] / 2;
-                (
-                    both.clone().narrow(D - 1, 0, half),
-                    both.narrow(D - 1, half, half),
-                )
+                let [gate, up] = split(both, [half, half]);
+                (gate, up)
             }
             _ => return x,
         };

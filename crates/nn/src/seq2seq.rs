@@ -287,7 +287,8 @@ impl<'a> TiedTables<'a> {
     }
 }
 
-/// A bias of logits that is stored beside the model as `[1, vocab_size]`; none where the checkpoint has none.
+/// A bias of logits that is stored beside the model as `[1, vocab_size]`; none where the checkpoint has none. It is not
+/// trained.
 ///
 /// # Errors
 /// Where it has another shape.
@@ -295,11 +296,8 @@ pub fn load_logits_bias(w: &Weights, name: &str, vocab_size: usize) -> Result<Op
     if !w.is_stored(name) {
         return Ok(None);
     }
-    let bias = w.param::<2>(name, [1, vocab_size], Init::Zeros)?;
-    Ok(Some(Param::initialized(
-        bias.id,
-        bias.val().reshape([vocab_size]),
-    )))
+    let bias = w.param_as(name, [1, vocab_size], [vocab_size], Init::Zeros)?;
+    Ok(Some(bias.set_require_grad(false)))
 }
 
 #[cfg(test)]

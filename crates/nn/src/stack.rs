@@ -3,6 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
+use crate::checkpointing;
 use crate::{Cache, Context, DecoderLayer, Embedding, EncoderOutput, Linear, Norm, Positions};
 
 /// Embeddings, layers and a norm: a decoder without its output layer, or either half of an encoder-decoder.
@@ -60,7 +61,8 @@ impl<L: DecoderLayer> Stack<L> {
     /// What the layer `index` makes of what it gets.
     pub fn run_layer(&self, index: usize, x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
         cx.enter_layer(index);
-        self.layers[index].forward(x, cx)
+        self.layers[index].prepare(cx);
+        checkpointing::run_layer(&self.layers[index], x, cx, |layer, x, cx| layer.forward(x, cx))
     }
 
     /// Hidden states of `input_ids` `[batch, seq]`; with `keep`, also the embeddings and what each layer made of them.

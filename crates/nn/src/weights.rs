@@ -13,6 +13,7 @@ use oxiformers_quant::{PackedMatrix, QuantizationConfig, Recipe, Scheme};
 
 use crate::adapter::AdapterLayer;
 use crate::linear::{Matrix, Observer};
+use crate::parameters::{Parameter, Parameters, Slot};
 use crate::survey::Survey;
 use crate::{Adapter, Error, Result, Target, TargetKind};
 
@@ -67,7 +68,7 @@ pub enum Init {
 /// How parameters are held.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Where they live.
+    /// Where they live. With automatic differentiation (`Device::autodiff`), floats are tracked.
     pub device: Device,
     /// Their float type; `None` keeps matrices as stored (packed or 16-bit) where the device multiplies
     /// with them directly, and computes in f32.
@@ -83,6 +84,8 @@ pub struct LoadOptions {
     /// Adapters, in the order in which they are applied. Where there are any, the model's own parameters are not trained,
     /// and on the CPU its matrices stay packed under autodiff, too.
     pub adapters: Vec<Arc<dyn Adapter>>,
+    /// Who is told which parameter is which tensor of the checkpoint.
+    pub parameters: Option<Arc<Parameters>>,
 }
 
 impl Default for LoadOptions {
@@ -94,6 +97,7 @@ impl Default for LoadOptions {
             quantization: None,
             survey: None,
             adapters: Vec::new(),
+            parameters: None,
         }
     }
 }
@@ -363,6 +367,30 @@ impl Weights {
             .find_map(|adapter| adapter.replacement(&names, stored))
     }
 
+    /// A dense parameter that is stored in another shape.
+    pub fn param_as<const S: usize, const D: usize>(
+        &self,
+        name: &str,
+        stored: [usize; S],
+        shape: [usize; D],
+        init: Init,
+    ) -> Result<Param<Tensor<D>>> {
+        let full = self.full(name);
+        let tensor = match self.take(&full, &stored)? {
+            Some(view) => self.dense::<S>(&full, &view)?.reshape(shape),
+            None => self.fresh(shape, init),
+        };
+        let param = self.register(full, tensor);
+        if let Some(parameters) = &self.shared.options.parameters {
+            let slot = Slot {
+                strides: Slot::whole("", &shape).strides,
+                ..Slot::whole(self.full(name), &stored)
+            };
+            parameters.lies(param.id, slot);
+        }
+        Ok(param)
+    }
+
     /// Takes note that the matrix is no mere table: there will be products with it.
     pub(crate) fn will_multiply(&self, matrix: &Matrix) {
         lock(&self.shared.products).extend(matrix.as_packed().map(Arc::downgrade));
@@ -419,9 +447,15 @@ impl Weights {
         if let Some(matrix) = self.stored_module(&full, [out_features, in_features])? {
             return Ok(matrix);
         }
+        let turned = |matrix| {
+            self.lies(
+                matrix,
+                Slot::transposed(full.clone(), [out_features, in_features]),
+            )
+        };
         let Some(mut view) = self.take(&full, &[in_features, out_features])? else {
             let fresh = self.fresh([out_features, in_features], Init::Normal);
-            return Ok(self.dense_matrix(full, fresh));
+            return Ok(turned(self.dense_matrix(full.clone(), fresh)));
         };
         if self.shared.options.survey.is_some() {
             // Nobody looks at the values.
@@ -434,12 +468,13 @@ impl Weights {
         let values = Tensor::<2>::from_data(values, &Device::flex())
             .transpose()
             .into_data();
-        let turned = TensorView {
+        let values = TensorView {
             dtype: DType::F32,
             shape: vec![out_features, in_features],
             data: values.bytes().to_vec().into(),
         };
-        self.matrix_stored_as(full, turned, view.dtype)
+        self.matrix_stored_as(full.clone(), values, view.dtype)
+            .map(turned)
     }
 
     /// `shape[0]` matrices `[shape[1], shape[2]]` that are stored as one tensor.
@@ -448,11 +483,13 @@ impl Weights {
         if let Some(matrices) = self.stored_stack(&full, shape)? {
             return Ok(matrices);
         }
+        let [_, rows, columns] = shape;
+        let part = |i, matrix| self.lies(matrix, Slot::part(full.clone(), i, &shape));
         let Some(view) = self.take(&full, &shape)? else {
             return (0..shape[0])
                 .map(|i| {
-                    let fresh = self.fresh([shape[1], shape[2]], Init::Normal);
-                    Ok(self.dense_matrix(format!("{full}.{i}"), fresh))
+                    let fresh = self.fresh([rows, columns], Init::Normal);
+                    Ok(part(i, self.dense_matrix(format!("{full}.{i}"), fresh)))
                 })
                 .collect();
         };
@@ -460,12 +497,12 @@ impl Weights {
         (0..shape[0])
             .map(|i| {
                 let data = view.data.slice(i * size..(i + 1) * size);
-                let part = TensorView {
+                let values = TensorView {
                     dtype: view.dtype,
-                    shape: vec![shape[1], shape[2]],
+                    shape: vec![rows, columns],
                     data,
                 };
-                self.matrix_from(format!("{full}.{i}"), part)
+                Ok(part(i, self.matrix_from(format!("{full}.{i}"), values)?))
             })
             .collect()
     }
@@ -486,6 +523,14 @@ impl Weights {
     /// the parameter is called here.
     pub fn matrix_of(&self, name: &str, view: TensorView) -> Result<Matrix> {
         self.matrix_from(self.full(name), view)
+    }
+
+    /// The same matrix, of which is known where its values lie in the checkpoint.
+    pub fn lies(&self, matrix: Matrix, slot: Slot) -> Matrix {
+        if let (Some(parameters), Some(id)) = (&self.shared.options.parameters, matrix.param_id()) {
+            parameters.lies(id, slot);
+        }
+        matrix
     }
 
     /// Marks stored tensors as known, though nothing is made of them.
@@ -538,7 +583,8 @@ impl Weights {
         Ok(std::mem::take(&mut *lock(&self.shared.params)))
     }
 
-    pub(crate) fn full(&self, name: &str) -> String {
+    /// The whole name of `name` at this place.
+    pub fn full(&self, name: &str) -> String {
         match (self.prefix.as_str(), name) {
             ("", name) => name.to_string(),
             (prefix, "") => prefix.to_string(),
@@ -597,8 +643,17 @@ impl Weights {
 
     fn register<const D: usize>(&self, full: String, tensor: Tensor<D>) -> Param<Tensor<D>> {
         let id = ParamId::new();
+        if let Some(parameters) = &self.shared.options.parameters {
+            let shape = tensor.dims();
+            parameters.add(Parameter {
+                id,
+                name: full.clone(),
+                shape: shape.to_vec(),
+                slot: Slot::whole(full.clone(), &shape),
+            });
+        }
         lock(&self.shared.params).push((id, full));
-        Param::initialized(id, tensor)
+        Param::initialized(id, if self.trains() { tensor.require_grad() } else { tensor })
     }
 
     fn fresh<const D: usize>(&self, shape: [usize; D], init: Init) -> Tensor<D> {
@@ -632,7 +687,10 @@ impl Weights {
         if let Some(matrix) = self.quantized(&full, &view, dtype)? {
             return Ok(matrix);
         }
+        // What is to be trained must be floats in a tensor.
+        let floats = matches!(view.dtype, DType::F32 | DType::F16 | DType::BF16);
         if self.packs()
+            && !(floats && self.trains())
             && let Some(packed) = oxiformers_quant::pack(&view)
         {
             return self.packed_matrix(full, packed);
@@ -662,6 +720,11 @@ impl Weights {
     fn dense_matrix(&self, full: String, tensor: Tensor<2>) -> Matrix {
         let observer = self.shared.options.observer.as_ref();
         Matrix::dense(self.register(full.clone(), tensor)).observed(&full, observer)
+    }
+
+    /// Whether the model's own parameters are trained.
+    fn trains(&self) -> bool {
+        self.device().is_autodiff() && self.shared.options.adapters.is_empty()
     }
 
     /// Whether matrices are kept in a form that products on the CPU read.

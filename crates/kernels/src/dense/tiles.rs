@@ -27,6 +27,15 @@ impl Task<'_> {
     /// Tiles are [`available`].
     pub(super) unsafe fn by_tiles(&self, rows: usize, outputs: Range<usize>) -> bool {
         let [out_features, in_features] = self.product.weight.shape();
+        let mut dense = Vec::new();
+        let (values, row_stride) = match self.x.strides {
+            [stride, 1] => (self.x.values, stride),
+            _ => {
+                dense.resize(rows * in_features, 0.0);
+                self.x.copy(0..in_features, in_features, &mut dense);
+                (&dense[..], in_features)
+            }
+        };
         let pieces = in_features.div_ceil(COLUMNS).max(1);
         let width = in_features.div_ceil(pieces).next_multiple_of(CHUNK).max(CHUNK);
         let block_lines = parts::lines(width, PARTS);
@@ -39,9 +48,9 @@ impl Task<'_> {
             let _tiles = Tiles::new(&Shapes::WHOLE);
             (0..in_features).step_by(width).all(|first| {
                 let columns = first..in_features.min(first + width);
-                let x = self.x.as_ptr().add(first);
+                let x = values.as_ptr().add(first);
                 let size = [rows, columns.len()];
-                let mut fit = parts::split_rows(x, in_features, size, left.as_mut_ptr());
+                let mut fit = parts::split_rows(x, row_stride, size, left.as_mut_ptr());
                 for first_output in outputs.clone().step_by(PANEL) {
                     let outputs = first_output..outputs.end.min(first_output + PANEL);
                     let (of_panel, parts) = self.split_weights(&outputs, &columns, right.as_mut_ptr());
@@ -96,6 +105,10 @@ impl Task<'_> {
                 Weight::Plain(values, [_, in_features]) => {
                     let from = values[outputs.start * in_features + columns.start..].as_ptr();
                     (parts::split_transposed(from, in_features, size, to), PARTS)
+                }
+                Weight::Turned(values, [out_features, _]) => {
+                    let from = values[columns.start * out_features + outputs.start..].as_ptr();
+                    (parts::split_f32(from, out_features, size, to), PARTS)
                 }
             }
         }

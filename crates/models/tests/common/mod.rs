@@ -3,6 +3,8 @@
 // Each test uses some of it.
 #![allow(dead_code)]
 
+pub mod encoders;
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -31,8 +33,16 @@ pub struct Reference(Checkpoint);
 
 impl Reference {
     pub fn open(dir: &Path) -> Self {
-        let files = ModelFiles::from_file(&dir.join("reference.safetensors")).expect("reference");
+        Self::open_file(&dir.join("reference.safetensors"))
+    }
+
+    pub fn open_file(path: &Path) -> Self {
+        let files = ModelFiles::from_file(path).expect("reference");
         Self(Checkpoint::open(&files).expect("reference"))
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        self.0.tensors().map(|info| info.name.clone()).collect()
     }
 
     pub fn contains(&self, name: &str) -> bool {

@@ -1,0 +1,111 @@
+//! Gradient checkpointing: layers whose inner values are computed again in the backward pass.
+
+use std::cell::Cell;
+
+use burn::backend::DispatchTensor;
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::Tensor;
+use oxiformers_kernels::autodiff::{Again, knows, recompute};
+
+use crate::Context;
+
+thread_local! {
+    static CHECKPOINTING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `forward` with gradient checkpointing (Chen et al., 2016): of each layer only the input is kept, and the layer runs
+/// once more in the backward pass. Gradients are the same. It takes part where models are on the CPU, in f32, and sequences
+/// are read as a whole; elsewhere nothing changes.
+pub fn with_gradient_checkpointing<R>(forward: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            CHECKPOINTING.set(self.0);
+        }
+    }
+    let _restore = Restore(CHECKPOINTING.replace(true));
+    forward()
+}
+
+/// Runs a layer, so that its inner values are not kept where that is asked for.
+pub(crate) fn run_layer<L: Module + 'static>(
+    layer: &L,
+    x: Tensor<3>,
+    cx: &mut Context,
+    forward: impl Fn(&L, Tensor<3>, &mut Context) -> Tensor<3> + Send + Copy + 'static,
+) -> Tensor<3> {
+    if !CHECKPOINTING.get() || !knows(&x) {
+        return forward(layer, x, cx);
+    }
+    let Some(alone) = cx.alone() else {
+        return forward(layer, x, cx);
+    };
+    let mut leaves = Leaves::default();
+    let untracked = layer.clone().map(&mut leaves);
+    let Leaves { parameters, wanted } = leaves;
+    let tensors = alone.tensors();
+    let given = [x.clone().into_dispatch()].into_iter();
+    let inputs = given
+        .chain(tensors.iter().map(|x| x.clone().into_dispatch()))
+        .collect();
+    // Nothing of the graph may stand in it.
+    let alone = alone.with(tensors.into_iter().map(Tensor::detach).collect());
+    let x = x.detach();
+    let out = forward(&untracked, x.clone(), &mut alone.clone().context());
+    let again = move || {
+        let mut own = Own {
+            parameters: Vec::new(),
+            wanted,
+        };
+        let layer = untracked.map(&mut own);
+        let tensors: Vec<_> = (alone.tensors().into_iter())
+            .map(|x| x.detach().require_grad())
+            .collect();
+        let x = x.require_grad();
+        let given = [x.clone().into_dispatch()].into_iter();
+        let inputs = given
+            .chain(tensors.iter().map(|x| x.clone().into_dispatch()))
+            .collect();
+        let out = forward(&layer, x, &mut alone.with(tensors).context());
+        Again {
+            out: out.into_dispatch(),
+            inputs,
+            parameters: own.parameters,
+        }
+    };
+    // Without one, no gradient is wanted.
+    recompute(out.clone(), inputs, parameters, again).unwrap_or(out)
+}
+
+/// Takes the parameters out of a module, and leaves it without gradients.
+#[derive(Default)]
+struct Leaves {
+    parameters: Vec<DispatchTensor>,
+    wanted: Vec<bool>,
+}
+
+impl ModuleMapper for Leaves {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let tensor = param.val();
+        self.wanted.push(tensor.is_require_grad());
+        self.parameters.push(tensor.clone().into_dispatch());
+        Param::initialized(param.id, tensor.detach())
+    }
+}
+
+/// Gives a module leaves of its own.
+struct Own {
+    parameters: Vec<DispatchTensor>,
+    /// Whether gradients of them are wanted, in the order of the module.
+    wanted: Vec<bool>,
+}
+
+impl ModuleMapper for Own {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let tensor = param.val();
+        let wanted = self.wanted.get(self.parameters.len()).copied().unwrap_or(false);
+        let own = if wanted { tensor.require_grad() } else { tensor };
+        self.parameters.push(own.clone().into_dispatch());
+        Param::initialized(param.id, own)
+    }
+}
