@@ -10,7 +10,7 @@ use oxiformers_nn::moe::{mix_experts, spread, top_k};
 use oxiformers_nn::quant::mxfp4::{Mxfp4Stack, Slice};
 use oxiformers_nn::{
     Attention, AttentionConfig, Context, Decoder, DecoderConfig, DecoderLayer, Error, Init, Linear, Result,
-    RmsNorm, Role, Rope, RopeSettings, Weights,
+    RmsNorm, Role, Rope, RopeSettings, Slot, Weights,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -108,7 +108,7 @@ impl Experts {
     /// in MXFP4.
     fn load(w: &Weights, c: &Config) -> Result<Self> {
         let (count, hidden, inner) = (c.num_local_experts, c.hidden_size, c.intermediate_size);
-        let ([gate, up, down], gate_bias, up_bias, down_bias) = if w.contains("gate_proj.weight") {
+        let ([gate, up, down], gate_bias, up_bias, down_bias) = if w.is_stored("gate_proj.weight") {
             let bias = |name: &str, width| w.param(name, [count, width], Init::Zeros);
             (
                 [
@@ -123,17 +123,22 @@ impl Experts {
         } else {
             let gate_up = Stored::load(w, "gate_up_proj", [count, 2 * inner, hidden])?;
             let down = Stored::load(w, "down_proj", [count, hidden, inner])?;
-            let both = w.param::<2>("gate_up_proj_bias", [count, 2 * inner], Init::Zeros)?;
-            let both = both.val().reshape([count, inner, 2]);
-            let half = |i| Param::from_tensor(both.clone().narrow(2, i, 1).reshape([count, inner]));
+            let half = |i| {
+                let slot = Slot {
+                    offset: i,
+                    strides: vec![2 * inner, 2],
+                    ..Slot::whole("gate_up_proj_bias", &[count, 2 * inner])
+                };
+                w.param_of(&format!("gate_up_proj_bias.{i}"), slot, [count, inner], Init::Zeros)
+            };
             (
                 [
                     gate_up.matrices(w, 0, 2)?,
                     gate_up.matrices(w, 1, 2)?,
                     down.matrices(w, 0, 1)?,
                 ],
-                half(0),
-                half(1),
+                half(0)?,
+                half(1)?,
                 w.param("down_proj_bias", [count, hidden], Init::Zeros)?,
             )
         };
@@ -174,6 +179,7 @@ enum Form {
     /// `[experts, columns, rows]`.
     Transposed(TensorView),
     Mxfp4(Mxfp4Stack),
+    Fresh,
 }
 
 impl Stored {
@@ -187,6 +193,8 @@ impl Stored {
             let stack = Mxfp4Stack::new(shape, &blocks, &scales);
             let wrong = |reason| Error::config("quantization_config", format!("`{name}` {reason}"));
             Form::Mxfp4(stack.map_err(wrong)?)
+        } else if !w.is_stored(name) && w.contains(name) {
+            Form::Fresh
         } else {
             let view = w.view(name, &[count, columns, rows])?;
             if !matches!(view.dtype, DType::F32 | DType::F16 | DType::BF16) {
@@ -205,6 +213,12 @@ impl Stored {
     fn matrices(&self, w: &Weights, first: usize, step: usize) -> Result<Vec<Matrix>> {
         let [count, rows, columns] = self.shape;
         let each = |index| {
+            let name = format!("{}.{index}.{first}", self.name);
+            let slot = Slot {
+                offset: index * rows * columns + first,
+                strides: vec![step, rows],
+                ..Slot::whole(self.name, &[count, columns, rows])
+            };
             let view = match &self.data {
                 Form::Transposed(view) => TensorView {
                     dtype: view.dtype,
@@ -212,8 +226,9 @@ impl Stored {
                     data: self.transposed(view, index, first, step),
                 },
                 Form::Mxfp4(stack) => stack.rows(Slice { index, first, step }),
+                Form::Fresh => return Ok(w.fresh_matrix_of(&name, slot, [rows / step, columns])),
             };
-            w.matrix_of(&format!("{}.{index}.{first}", self.name), view)
+            w.matrix_of(&name, slot, view)
         };
         (0..count).map(each).collect()
     }

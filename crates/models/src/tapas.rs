@@ -10,7 +10,7 @@ use oxiformers_nn::encoder::{TABLE_IDS, run_layers};
 use oxiformers_nn::linear::Matrix;
 use oxiformers_nn::{
     Backbone, Embedding, Embeddings, EmbeddingsConfig, EncoderInputs, EncoderLayer, EncoderOutput, Error,
-    Head, Linear, Result, Weights,
+    Head, Linear, Result, Slot, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -324,7 +324,15 @@ impl Config {
         let stored = |name: &str, shape: &[usize], width| {
             let mut view = w.view(name, shape)?;
             view.shape = vec![1, width];
-            w.matrix_of(name, view)
+            let strides = vec![width, 1];
+            w.matrix_of(
+                name,
+                Slot {
+                    strides,
+                    ..Slot::whole(name, shape)
+                },
+                view,
+            )
         };
         let aggregation = match own.num_aggregation_labels {
             0 => None,

@@ -4,7 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use oxiformers_kernels::{AttentionOptions, ScoreBias, attention};
 
-use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
+use crate::parameters::{Kind, Slot};
+use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights, training};
 
 /// More heads, or wider ones, than any model has.
 pub(crate) const MAX_HEADS: usize = 1 << 14;
@@ -98,8 +99,8 @@ pub enum QkNorm {
 /// A layer norm or RMS norm whose heads have a weight each.
 #[derive(Module, Debug)]
 pub struct PerHeadNorm {
-    /// `[heads, head_dim]`.
-    weight: Param<Tensor<2>>,
+    /// `[heads, head_dim]`, or `[1, head_dim]` for each head.
+    weights: Vec<Param<Tensor<2>>>,
     #[module(skip)]
     norm: Norm,
 }
@@ -108,29 +109,34 @@ impl PerHeadNorm {
     /// Layer norm without bias over each head, with `weight` `[heads, head_dim]`, or `norms.0.weight` and so on
     /// `[head_dim]` where each head's is stored apart.
     pub fn load_layer_norm(w: &Weights, heads: usize, head_dim: usize, eps: f64) -> Result<Self> {
-        let weight = if w.is_stored("norms.0.weight") {
-            let rows = (0..heads).map(|head| {
-                w.pp("norms")
-                    .pp(head)
-                    .param::<1>("weight", [head_dim], Init::Ones)
-            });
-            let rows = rows
-                .map(|row| Ok(row?.val().unsqueeze::<2>()))
-                .collect::<Result<Vec<_>>>()?;
-            Param::from_tensor(Tensor::cat(rows, 0))
+        let w = w.with_kind(Kind::LayerNorm);
+        let weights = if w.contains("norms.0.weight") {
+            let one = |head| {
+                let name = format!("norms.{head}.weight");
+                let slot = Slot {
+                    tensor: name.clone(),
+                    shape: vec![head_dim],
+                    offset: 0,
+                    strides: vec![head_dim, 1],
+                };
+                w.param_of(&name, slot, [1, head_dim], Init::Ones)
+            };
+            (0..heads).map(one).collect::<Result<_>>()?
         } else {
-            w.param("weight", [heads, head_dim], Init::Ones)?
+            vec![w.param("weight", [heads, head_dim], Init::Ones)?]
         };
         Ok(Self {
-            weight,
+            weights,
             norm: LayerNorm::unweighted(eps).into(),
         })
     }
 
     /// `[batch, heads, seq, head_dim]` to the same shape.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let [heads, head_dim] = self.weight.val().dims();
-        self.norm.forward(x) * self.weight.val().reshape([1, heads, 1, head_dim])
+        let weights = self.weights.iter().map(Param::val).collect();
+        let weights = Tensor::cat(weights, 0);
+        let [heads, head_dim] = weights.dims();
+        self.norm.forward(x) * weights.reshape([1, heads, 1, head_dim])
     }
 }
 
@@ -269,7 +275,7 @@ impl Attention {
     /// What follows the attention: `[batch, seq, num_heads * head_dim]` to `[batch, seq, hidden_size]`. For architectures
     /// with an attention of their own.
     pub fn output(&self, x: Tensor<3>) -> Tensor<3> {
-        self.o_proj.forward(x)
+        training::hidden(self.o_proj.forward(x))
     }
 
     /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`, before norms
