@@ -57,12 +57,9 @@ fn values(words: &[String]) -> anyhow::Result<Vec<(String, Value)>> {
 
 /// A value as TOML writes it; anything else is a text.
 fn parse(value: &str) -> Value {
-    #[derive(serde::Deserialize)]
-    struct Line {
-        value: Value,
-    }
-    let line = toml::from_str::<Line>(&format!("value = {value}"));
-    line.map_or_else(|_| Value::String(value.to_string()), |line| line.value)
+    let line = toml::from_str::<Map<String, Value>>(&format!("value = {value}")).ok();
+    let value_of = |mut line: Map<String, Value>| line.remove("value").filter(|_| line.is_empty());
+    line.and_then(value_of).unwrap_or_else(|| Value::String(value.to_string()))
 }
 
 /// Sets `table.name`, or a name that stands in one table only.

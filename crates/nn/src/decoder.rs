@@ -105,7 +105,7 @@ impl<L: DecoderLayer> Decoder<L> {
             None => None,
         };
         let lm_head = if w.without_output {
-            embed_tokens.tied_output()
+            Linear::from_matrix(embed_tokens.weight.clone())
         } else if config.tie_word_embeddings {
             // Some checkpoints store the shared weight twice.
             w.ignore(|name| name == format!("{}.weight", config.lm_head));
