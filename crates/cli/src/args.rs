@@ -32,6 +32,13 @@ pub enum Command {
     Bench(BenchArgs),
     /// Say what a model is made of, without loading it.
     Inspect(InspectArgs),
+    /// Train a model: from scratch, or a checkpoint further, as a recipe says.
+    Train(TrainArgs),
+    /// Loss and metrics of a model on data, as a recipe says.
+    Evaluate(EvaluateArgs),
+    /// Make tokenizers.
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
     /// Write a model with fewer bits per weight.
     Quantize(QuantizeArgs),
     /// Fetch a model into the cache.
@@ -564,4 +571,87 @@ pub struct EnvArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// What a recipe says, and what is to be different.
+#[derive(Debug, Clone, Args)]
+pub struct RecipeArgs {
+    /// The recipe: a TOML file.
+    pub recipe: PathBuf,
+    /// Where to run: cpu, or a GPU backend that this program was built with.
+    #[arg(long, default_value = "cpu", env = "OXIFORMERS_DEVICE")]
+    pub device: String,
+    /// Number of CPU threads [default: one per core].
+    #[arg(long, env = "OXIFORMERS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Any value of the recipe, by its name: --learning-rate 1e-4, --data.train more.jsonl, --output-dir out.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "--NAME VALUE")]
+    pub values: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// Say what would be trained, how much memory it takes and how long; train nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Go on from the last checkpoint in the output folder, if there is one.
+    #[arg(long)]
+    pub resume: bool,
+    /// Print lines even in a terminal.
+    #[arg(long)]
+    pub plain: bool,
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenizerCommand {
+    /// Train a tokenizer on texts.
+    Train(TokenizerTrainArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizerTrainArgs {
+    /// Files of texts: .txt, .jsonl, .csv, .parquet, a folder or a pattern.
+    #[arg(required = true)]
+    pub files: Vec<String>,
+    /// The folder that tokenizer.json and tokenizer_config.json are written to.
+    #[arg(long, short, value_name = "FOLDER")]
+    pub output: PathBuf,
+    /// bpe, wordpiece or unigram.
+    #[arg(long, default_value = "bpe")]
+    pub algorithm: String,
+    /// Number of tokens, special ones included.
+    #[arg(long, default_value_t = 8192)]
+    pub vocab_size: usize,
+    /// The column of the text, where records have columns.
+    #[arg(long, default_value = "text")]
+    pub text_column: String,
+    /// How records stand in files whose name does not say it: txt, jsonl, csv, parquet.
+    #[arg(long)]
+    pub format: Option<String>,
+    /// What occurs less often becomes no piece (not of unigram).
+    #[arg(long, default_value_t = 2)]
+    pub min_frequency: u64,
+    /// Further special tokens; may be repeated.
+    #[arg(long = "special-token", value_name = "TOKEN")]
+    pub special_tokens: Vec<String>,
+    /// Sentinels <extra_id_0>, …, as T5 needs them (unigram).
+    #[arg(long, default_value_t = 0)]
+    pub extra_ids: usize,
+    /// Keep capital letters and accents (wordpiece).
+    #[arg(long)]
+    pub cased: bool,
+    /// The longest input in tokens.
+    #[arg(long)]
+    pub model_max_length: Option<usize>,
 }

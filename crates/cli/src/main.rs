@@ -14,6 +14,8 @@ mod pipeline;
 mod quantize;
 mod records;
 mod session;
+mod tokenizer;
+mod train;
 
 use std::process::ExitCode;
 
@@ -73,6 +75,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Train(args) => train::run(&args),
+        Command::Evaluate(args) => train::evaluate(&args),
+        Command::Tokenizer(command) => tokenizer::run(&command),
         Command::Quantize(args) => quantize::run(&args),
         Command::Download(args) => hub::download(&args),
         Command::Cache(command) => hub::cache(&command),

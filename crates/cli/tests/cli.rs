@@ -693,7 +693,7 @@ fn pipelines_read_arguments_files_and_pipes() {
     let uneven = write("uneven.csv", "id,text\n1\n".to_string());
     fails(
         pipeline("text-classification", &model).arg("--file").arg(uneven),
-        "row 1",
+        "line 2",
     );
     let broken = write("broken.jsonl", "\"x\"\n{".to_string());
     fails(

@@ -408,22 +408,36 @@ impl<R: Read> CsvRows<R> {
 
 #[cfg(feature = "parquet")]
 fn parquet_rows(file: File, name: &str) -> Result<Records> {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use parquet::file::reader::SerializedFileReader;
-    let reader = SerializedFileReader::new(file).map_err(|error| Error::format(name, error.to_string()))?;
+
+    /// The reader panics at some files that are broken.
+    fn read<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> Result<T, String> {
+        match catch_unwind(AssertUnwindSafe(read)) {
+            Ok(read) => read.map_err(|error| error.to_string()),
+            Err(_) => Err("the file is broken".to_string()),
+        }
+    }
+
+    let open = || SerializedFileReader::new(file);
+    let mut rows = read(open).map_err(|error| Error::format(name, error))?.into_iter();
     let file: Arc<str> = name.into();
-    Ok(Box::new(reader.into_iter().zip(1..).map(move |(row, line)| {
+    let (mut line, mut broken) = (0, false);
+    Ok(Box::new(std::iter::from_fn(move || {
+        if broken {
+            return None;
+        }
+        line += 1;
         let place = Place {
             file: file.clone(),
             line,
             rows: true,
         };
-        match row {
-            Ok(row) => Ok(Record {
-                place,
-                value: row.to_json_value(),
-            }),
-            Err(error) => Err(Error::format(place.to_string(), error.to_string())),
-        }
+        let row = read(|| rows.next().map(|row| Ok(row?.to_json_value())).transpose());
+        broken = row.is_err();
+        let row = row.map_err(|error| Error::format(place.to_string(), error)).transpose()?;
+        Some(row.map(|value| Record { place, value }))
     })))
 }
 

@@ -103,6 +103,14 @@ impl ModelFiles {
         }
     }
 
+    /// The same files, of which `name` is replaced or added.
+    #[must_use]
+    pub fn with_file(&self, name: &str, bytes: Bytes) -> Self {
+        let mut files = self.files.as_ref().clone();
+        files.insert(name.to_owned(), Entry::Memory(bytes));
+        Self::new(self.name.to_string(), files)
+    }
+
     /// The same files under another name for messages.
     #[must_use]
     pub fn named(mut self, name: &str) -> Self {

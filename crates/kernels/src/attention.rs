@@ -67,6 +67,7 @@ fn explicit(visible: &Visible, queries: usize, keys: usize, device: &Device) -> 
             if padded { padding.len() } else { 1 }
         }
         Visible::Range { tokens, .. } => tokens.len().max(1),
+        Visible::Segments { starts, .. } => starts.len(),
     };
     let mut hidden = vec![true; rows * queries * keys];
     for (index, hidden) in hidden.chunks_mut(keys).enumerate() {
@@ -323,6 +324,32 @@ mod tests {
         assert_eq!(seen(&[0..1], Some(1), 4, 4), ["1000", "1000", "1000", "1000"]);
         assert_eq!(seen(&[3..4], Some(1), 3, 4), ["0001", "0001", "0001"]);
         assert_eq!(seen(&[0..0], None, 2, 2), ["10", "10"]);
+    }
+
+    #[test]
+    fn masks_of_segments() {
+        let visible = |window| Visible::Segments {
+            starts: vec![vec![0, 0, 2, 2], vec![0, 1, 1, 1]],
+            window,
+        };
+        assert_eq!(
+            seen_of(&visible(None), 4, 4),
+            ["1000", "1100", "0010", "0011", "1000", "0100", "0110", "0111"]
+        );
+        assert_eq!(seen_of(&visible(Some(2)), 4, 4)[4..], ["1000", "0100", "0110", "0011"]);
+    }
+
+    #[test]
+    fn segments_like_the_reference() {
+        let starts = |cuts: &[usize]| (0..90).map(|at| cuts.iter().rev().find(|cut| **cut <= at).map_or(0, |cut| *cut));
+        let mask = Mask::new(Visible::Segments {
+            starts: vec![starts(&[0, 3, 40, 41]).collect(), starts(&[0, 70]).collect()],
+            window: None,
+        });
+        let qkv = || [noise(1, [2, 4, 90, 16]), noise(2, [2, 2, 90, 16]), noise(3, [2, 2, 90, 16])];
+        let slow = attention(qkv().map(tracked), &mask, ScoreBias::default(), AttentionOptions::default());
+        let fast = attention(qkv(), &mask, ScoreBias::default(), AttentionOptions::default());
+        assert!(worst(fast, slow) < 1e-5);
     }
 
     #[test]

@@ -104,6 +104,14 @@ pub enum Visible {
         /// nearest token.
         reach: Option<usize>,
     },
+    /// Those up to itself of the sequence that it belongs to, where several stand in a row; no key stands before the first
+    /// query.
+    Segments {
+        /// Where the sequence of each query begins, row by row.
+        starts: Vec<Vec<usize>>,
+        /// How many tokens a query sees, itself included.
+        window: Option<usize>,
+    },
 }
 
 impl Visible {
@@ -136,6 +144,11 @@ impl Visible {
                 }
                 let nearest = start.min(tokens.end.saturating_sub(1));
                 nearest..nearest + 1
+            }
+            Self::Segments { starts, window } => {
+                let start = starts.get(row).and_then(|starts| starts.get(query)).copied();
+                let reach = window.map_or(0, |window| (query + 1).saturating_sub(window));
+                start.unwrap_or(0).max(reach).min(query)..query + 1
             }
         }
     }

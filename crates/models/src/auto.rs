@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
@@ -113,16 +114,26 @@ fn out_of_range(json: &Value, place: &str) -> Option<(String, u64)> {
 }
 
 /// A causal language model of any architecture.
-#[derive(Debug)]
+#[derive(Module, Debug)]
 pub struct AutoModelForCausalLM {
     /// Its configuration.
+    #[module(skip)]
     pub config: AutoConfig,
     /// The model itself.
     pub decoder: AnyDecoder,
+    #[module(skip)]
     device: Device,
 }
 
 impl AutoModelForCausalLM {
+    /// The same model, of which no gradients are computed: the fast form for evaluation.
+    #[must_use]
+    pub fn without_autodiff(&self) -> Self {
+        let mut model = self.valid();
+        model.device = model.device.without_autodiff();
+        model
+    }
+
     /// Loads a model from its files.
     ///
     /// # Errors
@@ -144,7 +155,7 @@ impl AutoModelForCausalLM {
         }
     }
 
-    /// A model with fresh parameters; seed the device first to make them reproducible.
+    /// A model with fresh parameters, by the seed of `options`.
     ///
     /// # Errors
     /// Where fields of the configuration contradict each other.
@@ -212,16 +223,26 @@ impl CausalLM for AutoModelForCausalLM {
 }
 
 /// An encoder-decoder of any architecture: text in, text out.
-#[derive(Debug)]
+#[derive(Module, Debug)]
 pub struct AutoModelForSeq2SeqLM {
     /// Its configuration.
+    #[module(skip)]
     pub config: AutoConfig,
     /// The model itself.
     pub model: AnySeq2Seq,
+    #[module(skip)]
     device: Device,
 }
 
 impl AutoModelForSeq2SeqLM {
+    /// The same model, of which no gradients are computed: the fast form for evaluation.
+    #[must_use]
+    pub fn without_autodiff(&self) -> Self {
+        let mut model = self.valid();
+        model.device = model.device.without_autodiff();
+        model
+    }
+
     /// Loads a model from its files.
     ///
     /// # Errors
@@ -233,7 +254,7 @@ impl AutoModelForSeq2SeqLM {
         Self::load(config, weights, options, files.name())
     }
 
-    /// A model with fresh parameters; seed the device first to make them reproducible.
+    /// A model with fresh parameters, by the seed of `options`.
     ///
     /// # Errors
     /// Where fields of the configuration contradict each other.

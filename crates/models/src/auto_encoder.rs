@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
+use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
@@ -65,7 +66,7 @@ impl AutoModel {
         Self::load(config, &weights, options, files.name())
     }
 
-    /// A model with fresh parameters; seed the device first to make them reproducible.
+    /// A model with fresh parameters, by the seed of `options`.
     ///
     /// # Errors
     /// Where fields of the configuration contradict each other.
@@ -111,17 +112,21 @@ impl AutoModel {
 }
 
 /// An encoder of any architecture with a head for the task `T`.
-#[derive(Debug)]
+#[derive(Module, Debug)]
 pub struct AutoModelFor<T: TaskType> {
     /// Its configuration.
+    #[module(skip)]
     pub config: AutoConfig,
     /// What its classes are called.
+    #[module(skip)]
     pub labels: Labels,
     /// The encoder.
     pub encoder: AnyEncoder,
     /// What makes logits of its hidden states.
     pub head: Head,
+    #[module(skip)]
     device: Device,
+    #[module(skip)]
     task: PhantomData<T>,
 }
 
@@ -143,6 +148,14 @@ pub type AutoModelForNextSentencePrediction = AutoModelFor<NextSentencePredictio
 pub type AutoModelForPreTraining = AutoModelFor<PreTraining>;
 
 impl<T: TaskType> AutoModelFor<T> {
+    /// The same model, of which no gradients are computed: the fast form for evaluation.
+    #[must_use]
+    pub fn without_autodiff(&self) -> Self {
+        let mut model = self.valid();
+        model.device = model.device.without_autodiff();
+        model
+    }
+
     /// Loads a model from its files. Heads for other tasks are left out.
     ///
     /// # Errors
@@ -152,7 +165,7 @@ impl<T: TaskType> AutoModelFor<T> {
         Self::load(config, &weights, options, files.name())
     }
 
-    /// A model with fresh parameters; seed the device first to make them reproducible.
+    /// A model with fresh parameters, by the seed of `options`.
     ///
     /// # Errors
     /// Where fields of the configuration contradict each other.

@@ -179,7 +179,7 @@ impl Mixture {
             gate: Linear::load(&w.pp("gate").with_role(Role::Kept), hidden, count, false)?,
             e_score_correction_bias: w
                 .pp("gate")
-                .param("e_score_correction_bias", [count], Init::Zeros)?,
+                .buffer("e_score_correction_bias", [count], Init::Zeros)?,
             groups: c.n_group,
             topk_group: c.topk_group,
             top_k: c.num_experts_per_tok,

@@ -103,9 +103,11 @@ impl Architecture for Config {
             attention.scale = Some(scale);
             attention.check()?;
             let qkv = Linear::load_conv1d(&w.pp("attn.c_attn"), hidden, 3 * hidden)?;
-            let out = Linear::load_conv1d(&w.pp("attn.c_proj"), hidden, hidden)?;
+            // What is added to the hidden states starts smaller the more layers add to them.
+            let std = self.initializer_range / (2.0 * self.n_layer as f64).sqrt();
+            let out = Linear::load_conv1d(&w.pp("attn.c_proj").with_std(std), hidden, hidden)?;
             let fc = Linear::load_conv1d(&w.pp("mlp.c_fc"), hidden, inner)?;
-            let proj = Linear::load_conv1d(&w.pp("mlp.c_proj"), inner, hidden)?;
+            let proj = Linear::load_conv1d(&w.pp("mlp.c_proj").with_std(std), inner, hidden)?;
             Ok(Layer {
                 ln_1: LayerNorm::load(&w.pp("ln_1"), hidden, eps, true)?,
                 attn: Attention::new(Projection::Stacked(qkv), out, attention),

@@ -92,36 +92,14 @@ pub struct Experts {
     gate: Vec<Matrix>,
     up: Vec<Matrix>,
     down: Vec<Matrix>,
-    gate_up_bias: GateUpBias,
+    /// `[experts, inner]`.
+    gate_bias: Param<Tensor<2>>,
+    /// `[experts, inner]`.
+    up_bias: Param<Tensor<2>>,
     /// `[experts, hidden_size]`.
     down_bias: Param<Tensor<2>>,
     alpha: f64,
     limit: f64,
-}
-
-/// The biases of gates and ups.
-#[derive(Module, Debug)]
-pub enum GateUpBias {
-    /// `[experts, inner]` each.
-    Apart([Param<Tensor<2>>; 2]),
-    /// Taking turns: `[experts, 2 * inner]`.
-    Together(Param<Tensor<2>>),
-}
-
-impl GateUpBias {
-    /// Those of an expert's gate and up, `[inner]` each.
-    fn of(&self, expert: usize) -> [Tensor<1>; 2] {
-        let row = |bias: &Param<Tensor<2>>| bias.val().narrow(0, expert, 1);
-        match self {
-            Self::Apart(both) => both.each_ref().map(|bias| row(bias).squeeze_dim(0)),
-            Self::Together(both) => {
-                let both = row(both);
-                let pairs = both.dims()[1] / 2;
-                let pairs = both.reshape([pairs, 2]);
-                [0, 1].map(|half| pairs.clone().narrow(1, half, 1).squeeze_dim(1))
-            }
-        }
-    }
 }
 
 impl Experts {
@@ -130,7 +108,7 @@ impl Experts {
     /// in MXFP4.
     fn load(w: &Weights, c: &Config) -> Result<Self> {
         let (count, hidden, inner) = (c.num_local_experts, c.hidden_size, c.intermediate_size);
-        let ([gate, up, down], gate_up_bias, down_bias) = if w.contains("gate_proj.weight") {
+        let ([gate, up, down], gate_bias, up_bias, down_bias) = if w.is_stored("gate_proj.weight") {
             let bias = |name: &str, width| w.param(name, [count, width], Init::Zeros);
             (
                 [
@@ -138,19 +116,29 @@ impl Experts {
                     w.matrices("up_proj.weight", [count, inner, hidden])?,
                     w.matrices("down_proj.weight", [count, hidden, inner])?,
                 ],
-                GateUpBias::Apart([bias("gate_proj.bias", inner)?, bias("up_proj.bias", inner)?]),
+                bias("gate_proj.bias", inner)?,
+                bias("up_proj.bias", inner)?,
                 bias("down_proj.bias", hidden)?,
             )
         } else {
             let gate_up = Stored::load(w, "gate_up_proj", [count, 2 * inner, hidden])?;
             let down = Stored::load(w, "down_proj", [count, hidden, inner])?;
+            let half = |i| {
+                let slot = Slot {
+                    offset: i,
+                    strides: vec![2 * inner, 2],
+                    ..Slot::whole("gate_up_proj_bias", &[count, 2 * inner])
+                };
+                w.param_of(&format!("gate_up_proj_bias.{i}"), slot, [count, inner], Init::Zeros)
+            };
             (
                 [
                     gate_up.matrices(w, 0, 2)?,
                     gate_up.matrices(w, 1, 2)?,
                     down.matrices(w, 0, 1)?,
                 ],
-                GateUpBias::Together(w.param("gate_up_proj_bias", [count, 2 * inner], Init::Zeros)?),
+                half(0)?,
+                half(1)?,
                 w.param("down_proj_bias", [count, hidden], Init::Zeros)?,
             )
         };
@@ -158,7 +146,8 @@ impl Experts {
             gate,
             up,
             down,
-            gate_up_bias,
+            gate_bias,
+            up_bias,
             down_bias,
             alpha: c.swiglu_alpha,
             limit: c.swiglu_limit,
@@ -167,15 +156,14 @@ impl Experts {
 
     /// The experts' answers to `x` `[tokens, hidden]`, mixed by `weights` `[tokens, experts]`.
     pub fn forward(&self, x: Tensor<2>, weights: Tensor<2>) -> Tensor<2> {
+        let linear = |x: Tensor<2>, weight: &Matrix, bias: &Param<Tensor<2>>, e: usize| {
+            weight.linear(x, Some(bias.val().narrow(0, e, 1).squeeze_dim(0)))
+        };
         mix_experts(x, weights, |e, x| {
-            let [gate_bias, up_bias] = self.gate_up_bias.of(e);
-            let gate = self.gate[e]
-                .linear(x.clone(), Some(gate_bias))
-                .clamp_max(self.limit);
-            let up = self.up[e].linear(x, Some(up_bias)).clamp(-self.limit, self.limit);
+            let gate = linear(x.clone(), &self.gate[e], &self.gate_bias, e).clamp_max(self.limit);
+            let up = linear(x, &self.up[e], &self.up_bias, e).clamp(-self.limit, self.limit);
             let glu = gate.clone() * activation::sigmoid(gate * self.alpha);
-            let down_bias = self.down_bias.val().narrow(0, e, 1).squeeze_dim(0);
-            self.down[e].linear((up + 1.0) * glu, Some(down_bias))
+            linear((up + 1.0) * glu, &self.down[e], &self.down_bias, e)
         })
     }
 }
@@ -191,6 +179,7 @@ enum Form {
     /// `[experts, columns, rows]`.
     Transposed(TensorView),
     Mxfp4(Mxfp4Stack),
+    Fresh,
 }
 
 impl Stored {
@@ -204,6 +193,8 @@ impl Stored {
             let stack = Mxfp4Stack::new(shape, &blocks, &scales);
             let wrong = |reason| Error::config("quantization_config", format!("`{name}` {reason}"));
             Form::Mxfp4(stack.map_err(wrong)?)
+        } else if !w.is_stored(name) && w.contains(name) {
+            Form::Fresh
         } else {
             let view = w.view(name, &[count, columns, rows])?;
             if !matches!(view.dtype, DType::F32 | DType::F16 | DType::BF16) {
@@ -222,6 +213,12 @@ impl Stored {
     fn matrices(&self, w: &Weights, first: usize, step: usize) -> Result<Vec<Matrix>> {
         let [count, rows, columns] = self.shape;
         let each = |index| {
+            let name = format!("{}.{index}.{first}", self.name);
+            let slot = Slot {
+                offset: index * rows * columns + first,
+                strides: vec![step, rows],
+                ..Slot::whole(self.name, &[count, columns, rows])
+            };
             let view = match &self.data {
                 Form::Transposed(view) => TensorView {
                     dtype: view.dtype,
@@ -229,14 +226,9 @@ impl Stored {
                     data: self.transposed(view, index, first, step),
                 },
                 Form::Mxfp4(stack) => stack.rows(Slice { index, first, step }),
+                Form::Fresh => return Ok(w.fresh_matrix_of(&name, slot, [rows / step, columns])),
             };
-            let matrix = w.matrix_of(&format!("{}.{index}.{first}", self.name), view)?;
-            let slot = Slot {
-                offset: index * rows * columns + first,
-                strides: vec![step, rows],
-                ..Slot::whole(w.full(self.name), &[count, columns, rows])
-            };
-            Ok(w.lies(matrix, slot))
+            w.matrix_of(&name, slot, view)
         };
         (0..count).map(each).collect()
     }

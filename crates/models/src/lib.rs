@@ -25,6 +25,8 @@ pub mod gguf;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod quantize;
 pub mod registry;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod save;
 pub mod sentence;
 pub mod tasks;
 

@@ -1,13 +1,12 @@
 //! From a model to a folder of the same model with fewer bits per weight, as Python's libraries write and read it.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
 use oxiformers_hub::checkpoint::safetensors::Writer;
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorInfo, TensorView};
-use oxiformers_hub::{Error as HubError, ModelFiles, OutputFile};
+use oxiformers_hub::{Error as HubError, ModelFiles};
 use oxiformers_nn::quant::config::ConfigError;
 use oxiformers_nn::quant::scheme::Plan;
 use oxiformers_nn::quant::values::{from_f32, to_f32};
@@ -17,6 +16,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::registry::Kind;
+use crate::save::write_file;
 use crate::{AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Task, auto_encoder, gguf};
 
 /// What keeps a model from being written.
@@ -443,14 +443,4 @@ fn is_small(name: &str) -> bool {
         ".index.json",
     ];
     name != "config.json" && !WEIGHTS.iter().any(|ending| name.ends_with(ending))
-}
-
-fn write_file(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), HubError> {
-    let path = folder.join(name);
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(HubError::io(parent))?;
-    }
-    let mut file = OutputFile::create(&path)?;
-    file.write_all(bytes).map_err(HubError::io(&path))?;
-    file.finish()
 }

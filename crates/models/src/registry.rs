@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_nn::seq2seq::{Encoded, Reader};
 use oxiformers_nn::{
-    Backbone, Cache, CacheKind, Decoder, EncoderInputs, EncoderOutput, Error, Head, LogitsFor,
+    Backbone, Cache, CacheKind, Decoder, EncoderInputs, EncoderOutput, Error, Head, Linear, LogitsFor, Reads,
     Seq2SeqDecoder, Weights,
 };
 use serde_json::Value;
@@ -35,6 +35,20 @@ impl Kind {
     }
 }
 
+/// The head of a decoder that judges texts or tokens; none for other tasks.
+fn decoder_head(task: Task, w: &Weights, hidden: usize, labels: usize) -> oxiformers_nn::Result<Option<Head>> {
+    let linear = |name, bias| Linear::load(&w.pp(name), hidden, labels, bias);
+    Ok(match task {
+        Task::SequenceClassification => Some(Head::new(Reads::Last).output(linear("score", false)?)),
+        // The first decoders call it so.
+        Task::TokenClassification if w.is_stored("classifier.weight") => {
+            Some(Head::new(Reads::All).output(linear("classifier", true)?))
+        }
+        Task::TokenClassification => Some(Head::new(Reads::All).output(linear("score", true)?)),
+        _ => None,
+    })
+}
+
 macro_rules! architectures {
     (
         decoders { $($(#[$doc:meta])* $variant:ident($module:ident) = $($model_type:literal)|+;)+ }
@@ -61,9 +75,10 @@ macro_rules! architectures {
             $($(#[$s_doc])* $s_variant(Seq2SeqDecoder<<crate::$s_module::Config as Seq2SeqArchitecture>::Layer>),)+
         }
 
-        /// An encoder of any architecture, or an encoder-decoder that judges texts as encoders do.
+        /// An encoder of any architecture, or an encoder-decoder or a decoder that judges texts as encoders do.
         #[derive(Module, Debug)]
         pub enum AnyEncoder {
+            $($(#[$doc])* $variant(Decoder<<crate::$module::Config as Architecture>::Layer>),)+
             $($(#[$e_doc])* $e_variant(<crate::$e_module::Config as EncoderArchitecture>::Model),)+
             $($(#[$s_doc])* $s_variant(Reader<<crate::$s_module::Config as Seq2SeqArchitecture>::Layer>),)+
         }
@@ -103,7 +118,7 @@ macro_rules! architectures {
                 match self {
                     $(Self::$e_variant(config) => config.load(w).map(AnyEncoder::$e_variant),)+
                     $(Self::$s_variant(config) => config.reader(task, w).map(AnyEncoder::$s_variant),)+
-                    _ => Err(self.kind().is_no("encoder")),
+                    $(Self::$variant(config) => config.load(&w.without_output()).map(AnyEncoder::$variant),)+
                 }
             }
 
@@ -120,6 +135,9 @@ macro_rules! architectures {
                         config.head(task, w, model, labels)
                     })+
                     $((Self::$s_variant(config), _) => config.head(task, w, labels),)+
+                    $((Self::$variant(_), AnyEncoder::$variant(model)) => {
+                        decoder_head(task, w, model.hidden_size(), labels)
+                    })+
                     _ => Ok(None),
                 }
             }
@@ -237,6 +255,7 @@ macro_rules! architectures {
                 match self {
                     $(Self::$e_variant(model) => model.forward(inputs, device),)+
                     $(Self::$s_variant(model) => model.forward(inputs, device),)+
+                    $(Self::$variant(model) => Backbone::forward(model, inputs, device),)+
                 }
             }
         }

@@ -324,12 +324,15 @@ impl Config {
         let stored = |name: &str, shape: &[usize], width| -> Result<Matrix> {
             let mut view = w.view(name, shape)?;
             view.shape = vec![1, width];
-            let matrix = w.matrix_of(name, view)?;
-            let slot = Slot {
-                strides: vec![width, 1],
-                ..Slot::whole(w.full(name), shape)
-            };
-            Ok(w.lies(matrix, slot))
+            let strides = vec![width, 1];
+            w.matrix_of(
+                name,
+                Slot {
+                    strides,
+                    ..Slot::whole(name, shape)
+                },
+                view,
+            )
         };
         let aggregation = match own.num_aggregation_labels {
             0 => None,

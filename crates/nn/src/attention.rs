@@ -4,7 +4,8 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use oxiformers_kernels::{AttentionOptions, ScoreBias, cached_attention, split};
 
-use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights};
+use crate::parameters::{Kind, Slot};
+use crate::{Context, Error, Init, LayerNorm, Linear, Norm, Result, RmsNorm, Rope, Weights, training};
 
 /// More heads, or wider ones, than any model has.
 pub(crate) const MAX_HEADS: usize = 1 << 14;
@@ -108,13 +109,19 @@ impl PerHeadNorm {
     /// Layer norm without bias over each head, with `weight` `[heads, head_dim]`, or `norms.0.weight` and so on
     /// `[head_dim]` where each head's is stored apart.
     pub fn load_layer_norm(w: &Weights, heads: usize, head_dim: usize, eps: f64) -> Result<Self> {
-        let weights = if w.is_stored("norms.0.weight") {
-            let row = |head| {
-                w.pp("norms")
-                    .pp(head)
-                    .param_as("weight", [head_dim], [1, head_dim], Init::Ones)
+        let w = w.with_kind(Kind::LayerNorm);
+        let weights = if w.contains("norms.0.weight") {
+            let one = |head| {
+                let name = format!("norms.{head}.weight");
+                let slot = Slot {
+                    tensor: name.clone(),
+                    shape: vec![head_dim],
+                    offset: 0,
+                    strides: vec![head_dim, 1],
+                };
+                w.param_of(&name, slot, [1, head_dim], Init::Ones)
             };
-            (0..heads).map(row).collect::<Result<_>>()?
+            (0..heads).map(one).collect::<Result<_>>()?
         } else {
             vec![w.param("weight", [heads, head_dim], Init::Ones)?]
         };
@@ -126,9 +133,10 @@ impl PerHeadNorm {
 
     /// `[batch, heads, seq, head_dim]` to the same shape.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let weight = Tensor::cat(self.weights.iter().map(Param::val).collect(), 0);
-        let [heads, head_dim] = weight.dims();
-        self.norm.forward(x) * weight.reshape([1, heads, 1, head_dim])
+        let weights = self.weights.iter().map(Param::val).collect();
+        let weights = Tensor::cat(weights, 0);
+        let [heads, head_dim] = weights.dims();
+        self.norm.forward(x) * weights.reshape([1, heads, 1, head_dim])
     }
 }
 
@@ -267,7 +275,7 @@ impl Attention {
     /// What follows the attention: `[batch, seq, num_heads * head_dim]` to `[batch, seq, hidden_size]`. For architectures
     /// with an attention of their own.
     pub fn output(&self, x: Tensor<3>) -> Tensor<3> {
-        self.o_proj.forward(x)
+        training::hidden(self.o_proj.forward(x))
     }
 
     /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`, before norms

@@ -80,6 +80,8 @@ pub struct Cache {
     layers: Vec<LayerCache>,
     source: Option<Source>,
     padding: Vec<usize>,
+    /// Where the sequence of each token begins, where several stand in a row.
+    segments: Vec<Vec<usize>>,
     len: usize,
     /// Length that the sequences are to have, as far as is known.
     context: usize,
@@ -113,6 +115,7 @@ impl Cache {
             layers,
             source: None,
             padding,
+            segments: Vec::new(),
             len: 0,
             context: 0,
             rope_switch: None,
@@ -155,6 +158,27 @@ impl Cache {
     /// Whether no token has been seen.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Says which sequence each token of the first pass belongs to, where several stand in a row (`[batch][seq]`): they do
+    /// not see each other, and positions begin anew with each. Nothing can be appended to such rows.
+    pub fn set_segments(&mut self, segments: &[Vec<u32>]) {
+        let starts = |row: &Vec<u32>| {
+            let mut start = 0;
+            let of = |at: usize| {
+                if at > 0 && row[at] != row[at - 1] {
+                    start = at;
+                }
+                start
+            };
+            (0..row.len()).map(of).collect()
+        };
+        self.segments = segments.iter().map(starts).collect();
+    }
+
+    /// Where the sequence of each token begins, where several stand in a row.
+    pub fn segments(&self) -> &[Vec<usize>] {
+        &self.segments
     }
 
     /// Left padding of each sequence.

@@ -7,7 +7,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::Tensor;
 use oxiformers_kernels::autodiff::{Again, knows, recompute};
 
-use crate::Context;
+use crate::{Context, training};
 
 thread_local! {
     static CHECKPOINTING: Cell<bool> = const { Cell::new(false) };
@@ -51,6 +51,8 @@ pub(crate) fn run_layer<L: Module + 'static>(
     // Nothing of the graph may stand in it.
     let alone = alone.with(tensors.into_iter().map(Tensor::detach).collect());
     let x = x.detach();
+    // Dropout leaves out the same values when the layer runs again.
+    let draws = training::draws();
     let out = forward(&untracked, x.clone(), &mut alone.clone().context());
     let again = move || {
         let mut own = Own {
@@ -66,7 +68,7 @@ pub(crate) fn run_layer<L: Module + 'static>(
         let inputs = given
             .chain(tensors.iter().map(|x| x.clone().into_dispatch()))
             .collect();
-        let out = forward(&layer, x, &mut alone.with(tensors).context());
+        let out = draws.again(|| forward(&layer, x, &mut alone.with(tensors).context()));
         Again {
             out: out.into_dispatch(),
             inputs,

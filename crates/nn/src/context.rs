@@ -187,6 +187,10 @@ impl<'a> Context<'a> {
         let Past::Cache(cache) = &self.past else {
             return vec![row(0)];
         };
+        if !cache.segments().is_empty() {
+            let row = |starts: &Vec<usize>| (starts.iter().enumerate()).map(|(at, start)| at - start).collect();
+            return cache.segments().iter().map(row).collect();
+        }
         let padding = cache.padding();
         match padding.first() {
             Some(first) if padding.iter().any(|pad| pad != first) => {
@@ -263,6 +267,10 @@ impl<'a> Context<'a> {
         };
         let mask = self.masks.entry((window, first_key)).or_insert_with(|| {
             Rc::new(Mask::new(match &self.past {
+                Past::Cache(cache) if !cache.segments().is_empty() => Visible::Segments {
+                    starts: cache.segments().to_vec(),
+                    window,
+                },
                 Past::Cache(cache) => Visible::Causal {
                     first_key,
                     first_query: cache.len(),
@@ -295,6 +303,12 @@ mod tests {
         assert_eq!(
             Context::new(&mut cache, 3, Device::flex()).positions(),
             [[0, 0, 1]]
+        );
+        let mut cache = Cache::new(CacheKind::Dynamic, &[], vec![0]);
+        cache.set_segments(&[vec![0, 0, 0, 1, 1, 2]]);
+        assert_eq!(
+            Context::new(&mut cache, 6, Device::flex()).positions(),
+            [[0, 1, 2, 0, 1, 0]]
         );
         let encoder = Context::bidirectional(vec![0..3, 1..9], 4, Device::flex());
         assert_eq!(encoder.positions(), [[0, 1, 2, 3]]);

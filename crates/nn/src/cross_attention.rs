@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use oxiformers_kernels::{AttentionOptions, ScoreBias, attention};
 
 use crate::attention::split_heads;
-use crate::{AttentionConfig, Context, Linear, Result, Weights};
+use crate::{AttentionConfig, Context, Linear, Result, Weights, training};
 
 /// Multi-head attention whose keys and values come from an encoder's output. They are computed
 /// [once](Self::keys_and_values) and kept in the cache.
@@ -65,7 +65,7 @@ impl CrossAttention {
             scale: self.config.scale,
             softcap: self.config.softcap,
         };
-        self.o_proj
-            .forward(attention([q, k, v], &mask, ScoreBias::default(), options))
+        let x = attention([q, k, v], &mask, ScoreBias::default(), options);
+        training::hidden(self.o_proj.forward(x))
     }
 }

@@ -3,9 +3,12 @@
 use std::fmt::Debug;
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
-use crate::{Cache, CacheKind, Context, Embedding, Linear, Norm, Positions, Result, Role, Stack, Weights};
+use crate::{
+    Backbone, Cache, CacheKind, Context, Embedding, EncoderInputs, EncoderOutput, Linear, Norm, Positions, Result, Role,
+    Stack, Weights,
+};
 
 /// One layer of a decoder.
 pub trait DecoderLayer: Module + Debug + 'static {
@@ -104,7 +107,9 @@ impl<L: DecoderLayer> Decoder<L> {
             }
             None => None,
         };
-        let lm_head = if config.tie_word_embeddings {
+        let lm_head = if w.without_output {
+            Linear::from_matrix(embed_tokens.weight.clone())
+        } else if config.tie_word_embeddings {
             // Some checkpoints store the shared weight twice.
             w.ignore(|name| name == format!("{}.weight", config.lm_head));
             let mut head = embed_tokens.tied_output(&w.pp(&config.lm_head))?;
@@ -160,6 +165,14 @@ impl<L: DecoderLayer> Decoder<L> {
         self.config.vocab_size
     }
 
+    /// Width of the hidden states that the output layer gets.
+    pub fn hidden_size(&self) -> usize {
+        match &self.project_out {
+            Some(project_out) => project_out.out_features(),
+            None => self.config.hidden_size,
+        }
+    }
+
     /// An empty cache for sequences with the given left padding.
     pub fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache {
         Cache::new(kind, &self.config.windows, padding)
@@ -210,5 +223,20 @@ impl<L: DecoderLayer> Decoder<L> {
             Some(cap) => (logits / cap).tanh() * cap,
             None => logits,
         }
+    }
+}
+
+/// A decoder judges texts by its hidden states; each token sees those before it.
+impl<L: DecoderLayer> Backbone for Decoder<L> {
+    fn forward(&self, inputs: &EncoderInputs, device: &Device) -> Result<EncoderOutput> {
+        let ids = inputs.ids(self.vocab_size(), device)?;
+        // Padding on the right is after all that is looked at.
+        let padding = inputs.tokens.iter().map(|tokens| tokens.start).collect();
+        let mut cache = self.new_cache(CacheKind::Dynamic, padding);
+        let mut output = self.stack.append(ids, &mut cache, inputs.output_hidden_states);
+        if let Some(project_out) = &self.project_out {
+            output.last_hidden_state = project_out.forward(output.last_hidden_state);
+        }
+        Ok(output)
     }
 }

@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use crate::linear::{Linear, Matrix};
+use crate::parameters::Kind;
 use crate::weights::Role;
 use crate::{Result, TargetKind, Weights};
 
@@ -25,6 +26,7 @@ impl Embedding {
         Ok(Self {
             weight: w
                 .with_role(Role::Kept)
+                .with_kind(Kind::Embedding)
                 .matrix("weight", [num_embeddings, embedding_dim])?,
         })
     }

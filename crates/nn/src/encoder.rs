@@ -6,8 +6,9 @@ use std::ops::Range;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::checkpointing;
-use crate::{Context, Embedding, Error, LayerNorm, Linear, Norm, RelativeBias, Result, Weights};
+use crate::{
+    Context, Embedding, Error, LayerNorm, Linear, Norm, RelativeBias, Result, Weights, checkpointing, training,
+};
 
 /// Number of types that a token has in a table.
 pub const TABLE_IDS: usize = 7;
@@ -293,7 +294,7 @@ impl Embeddings {
     /// # Errors
     /// Where the inputs do not fit: an id outside of a table, a sequence that is too long.
     pub fn forward(&self, inputs: &EncoderInputs, device: &Device) -> Result<Tensor<3>> {
-        Ok(self.norm.forward(self.sum(inputs, device)?))
+        Ok(training::embedding(self.norm.forward(self.sum(inputs, device)?)))
     }
 
     /// The same before the norm, for architectures that add more to it.
@@ -302,7 +303,7 @@ impl Embeddings {
     /// As [`forward`](Self::forward).
     pub fn sum(&self, inputs: &EncoderInputs, device: &Device) -> Result<Tensor<3>> {
         let ids = inputs.ids(self.config.vocab_size, device)?;
-        let mut x = self.word_embeddings.forward(ids);
+        let mut x = training::noise(self.word_embeddings.forward(ids));
         if let Some(scale) = self.config.scale {
             x = x * scale;
         }

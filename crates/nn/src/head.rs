@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use crate::{
-    Activation, Embedding, EncoderInputs, Init, LayerNorm, Linear, Mlp, Norm, Result, Role, Weights,
+    Activation, Embedding, EncoderInputs, Init, LayerNorm, Linear, Mlp, Norm, Result, Role, Weights, training,
 };
 
 /// Which hidden states of a sequence a head reads.
@@ -142,7 +142,7 @@ impl Head {
             x = norm.forward(x.clone() + mlp.forward(x));
         }
         if let Some(output) = &self.output {
-            x = output.forward(x);
+            x = output.forward(training::classifier(x));
         }
         if let Some(separator) = self.separator {
             let [batch, seq] = inputs.dims();

@@ -16,6 +16,7 @@ pub mod embedding;
 pub mod encoder;
 pub mod error;
 pub mod head;
+mod init;
 pub mod latent;
 pub mod linear;
 pub mod mlp;
@@ -29,6 +30,7 @@ pub mod rope;
 pub mod seq2seq;
 pub mod stack;
 pub mod survey;
+pub mod training;
 pub mod weights;
 
 pub use adapter::{Adapter, Switch, Target, TargetKind};

@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use oxiformers_kernels::split;
 
 use crate::linear::Matrix;
-use crate::{Activation, Linear, Result, Weights};
+use crate::{Activation, Linear, Result, Weights, training};
 
 /// `down(act(gate(x)) · up(x))` (Shazeer, 2020).
 #[derive(Module, Debug)]
@@ -110,7 +110,8 @@ impl GatedMlp {
             }
             _ => return x,
         };
-        self.down_proj.forward(self.act.gated(gate, up))
+        let x = training::activation(self.act.gated(gate, up));
+        training::hidden(self.down_proj.forward(x))
     }
 }
 
@@ -147,6 +148,10 @@ impl Mlp {
 
     /// `[.., hidden]` to the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        Linear::feed_forward([&self.fc1, &self.fc2], x, self.act)
+        if training::drops_activations() {
+            let x = training::activation(self.fc1.forward_act(x, self.act));
+            return training::hidden(self.fc2.forward(x));
+        }
+        training::hidden(Linear::feed_forward([&self.fc1, &self.fc2], x, self.act))
     }
 }

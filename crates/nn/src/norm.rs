@@ -4,6 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use oxiformers_kernels::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 
+use crate::parameters::Kind;
 use crate::{Init, Result, Weights};
 
 /// Root mean square norm (Zhang and Sennrich, 2019): `x / sqrt(mean(x²) + eps) · (weight + offset)`.
@@ -75,9 +76,10 @@ impl LayerNorm {
         } else {
             ["weight", "bias"]
         };
-        let weight = Some(w.param(weight_name, [size], Init::Ones)?);
+        let w = w.with_kind(Kind::LayerNorm);
+        let weight = Some(w.param_as(weight_name, "weight", [size], Init::Ones)?);
         let bias = if bias {
-            Some(w.param(bias_name, [size], Init::Zeros)?)
+            Some(w.param_as(bias_name, "bias", [size], Init::Zeros)?)
         } else {
             None
         };

@@ -1,8 +1,17 @@
-//! Which parameter of a model is which tensor of its checkpoint.
+//! What a model learns: its parameters, their names in the checkpoint, and where in a stored tensor they lie.
+//!
+//! A [`Parameters`] given with [`LoadOptions::parameters`](crate::LoadOptions::parameters) is filled while a model loads.
+//! Gradients, the state of optimizers and what is saved are so known by the names that Transformers gives them, whatever
+//! the model makes of a tensor: [`take`] takes the trainable values (and gradients) out of a model, [`put`] puts them back,
+//! and [`Parameters::write`] writes them as they were stored.
 
+use std::any::Any;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Mutex;
 
-use burn::module::ParamId;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Gradients, Tensor};
+use oxiformers_hub::checkpoint::{DType, TensorView};
 
 use crate::weights::lock;
 
@@ -67,9 +76,7 @@ impl Slot {
         let rows = outer.iter().product::<usize>();
         let mut index = vec![0; outer.len()];
         for _ in 0..rows {
-            let start: usize = (index.iter().zip(&self.strides))
-                .map(|(i, stride)| i * stride)
-                .sum();
+            let start: usize = (index.iter().zip(&self.strides)).map(|(i, stride)| i * stride).sum();
             (0..*last).for_each(|i| f(self.offset + start + i * step));
             for (i, size) in index.iter_mut().zip(outer).rev() {
                 *i += 1;
@@ -101,9 +108,19 @@ impl Slot {
 
 /// The strides of values that stand one after the other.
 fn row_major(shape: &[usize]) -> Vec<usize> {
-    (0..shape.len())
-        .map(|axis| shape[axis + 1..].iter().product())
-        .collect()
+    (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect()
+}
+
+/// What kind of module a parameter belongs to, as far as optimizers care.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// Any other.
+    #[default]
+    Other,
+    /// `torch.nn.LayerNorm`, whose weights never decay.
+    LayerNorm,
+    /// `torch.nn.Embedding`, whose moments the 8-bit optimizer keeps in 32 bits.
+    Embedding,
 }
 
 /// A trainable tensor of a model.
@@ -117,55 +134,293 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// Where it stands in the checkpoint.
     pub slot: Slot,
+    /// What it belongs to.
+    pub kind: Kind,
 }
 
-/// The parameters of a model. Given with [`LoadOptions::parameters`](crate::LoadOptions::parameters), it is filled while
-/// the model loads. Matrices that stay packed are no parameters.
+impl Parameter {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Says by its name whether a tensor is trained.
+type Chosen = Box<dyn Fn(&str) -> bool + Send + Sync>;
+
+/// The parameters of a model: filled while it loads.
+#[derive(Default)]
+pub struct Parameters {
+    /// `None`: all are.
+    chosen: Option<Chosen>,
+    found: Mutex<Found>,
+}
+
 #[derive(Debug, Default)]
-pub struct Parameters(Mutex<Vec<Parameter>>);
+struct Found {
+    trainable: Vec<Parameter>,
+    /// Other tensors of the model, as they are stored.
+    frozen: BTreeMap<String, TensorView>,
+    /// Those that the checkpoint did not have.
+    new: Vec<String>,
+}
+
+impl std::fmt::Debug for Parameters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parameters").field("found", &self.found).finish_non_exhaustive()
+    }
+}
 
 impl Parameters {
-    /// All of them, in the order of loading.
-    pub fn trainable(&self) -> Vec<Parameter> {
-        lock(&self.0).clone()
+    /// Every parameter is trained.
+    pub fn all() -> Self {
+        Self::default()
     }
 
-    /// Takes note of one.
+    /// Those are trained whose names `chosen` says yes to. The others are held as without training: packed where the
+    /// device multiplies so, and saved as they were stored.
+    pub fn only(chosen: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        Self {
+            chosen: Some(Box::new(chosen)),
+            ..Self::default()
+        }
+    }
+
+    /// Whether the tensor `name` is trained.
+    pub fn trains(&self, name: &str) -> bool {
+        self.chosen.as_ref().is_none_or(|chosen| chosen(name))
+    }
+
+    /// Takes note of a trainable parameter. Layers that are not loaded from a checkpoint, such as adapters, call it
+    /// themselves.
     pub fn add(&self, parameter: Parameter) {
-        lock(&self.0).push(parameter);
+        let mut found = lock(&self.found);
+        found.frozen.remove(&parameter.slot.tensor);
+        found.trainable.push(parameter);
     }
 
-    /// Says where a parameter lies.
-    pub(crate) fn lies(&self, id: ParamId, slot: Slot) {
-        let mut all = lock(&self.0);
-        if let Some(parameter) = all.iter_mut().find(|parameter| parameter.id == id) {
-            parameter.slot = slot;
+    pub(crate) fn keep(&self, name: &str, view: &TensorView) {
+        lock(&self.found).frozen.insert(name.to_string(), view.clone());
+    }
+
+    /// Whether a tensor is kept that is not trained.
+    pub(crate) fn keeps(&self, name: &str) -> bool {
+        lock(&self.found).frozen.contains_key(name)
+    }
+
+    pub(crate) fn rename(&self, from: &str, to: &str) {
+        let frozen = &mut lock(&self.found).frozen;
+        if let Some(view) = frozen.remove(from) {
+            frozen.insert(to.to_string(), view);
+        }
+    }
+
+    pub(crate) fn note_new(&self, name: &str) {
+        lock(&self.found).new.push(name.to_string());
+    }
+
+    /// The trainable parameters, in the order of loading.
+    pub fn trainable(&self) -> Vec<Parameter> {
+        lock(&self.found).trainable.clone()
+    }
+
+    /// The tensors that are not trained, as they are stored.
+    pub fn frozen(&self) -> BTreeMap<String, TensorView> {
+        lock(&self.found).frozen.clone()
+    }
+
+    /// Names of tensors that the checkpoint did not have and that were initialized.
+    pub fn newly_initialized(&self) -> Vec<String> {
+        lock(&self.found).new.clone()
+    }
+
+    /// How many values are trained, and how many there are in all.
+    pub fn count(&self) -> (usize, usize) {
+        let found = lock(&self.found);
+        let trainable: usize = found.trainable.iter().map(Parameter::len).sum();
+        let frozen = found.frozen.values().map(|view| view.shape.iter().product::<usize>());
+        (trainable, trainable + frozen.sum::<usize>())
+    }
+
+    /// The tensors of a checkpoint of the model, whose trainable values are `values` (row-major, of each parameter's
+    /// shape): what each tensor is called, its shape and values.
+    ///
+    /// # Errors
+    /// Names a parameter that `values` lacks, or has in another size.
+    pub fn stored<'a>(
+        &self,
+        values: impl Fn(&Parameter) -> Option<&'a [f32]>,
+    ) -> crate::Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+        let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
+        for parameter in &lock(&self.found).trainable {
+            let values = values(parameter).filter(|values| values.len() == parameter.len());
+            let values = values.ok_or_else(|| {
+                crate::Error::input(&parameter.name, "has no values, or as many as another parameter")
+            })?;
+            let slot = &parameter.slot;
+            if slot.is_whole(&parameter.shape) {
+                tensors.insert(slot.tensor.clone(), (slot.shape.clone(), values.to_vec()));
+                continue;
+            }
+            let (_, stored) = (tensors.entry(slot.tensor.clone()))
+                .or_insert_with(|| (slot.shape.clone(), vec![0.0; slot.shape.iter().product()]));
+            slot.scatter(&parameter.shape, values, stored);
+        }
+        Ok(tensors)
+    }
+
+    /// Writes a checkpoint of the model into `folder`, trained values as `dtype`, the others as they were stored. Returns
+    /// the names of the files.
+    ///
+    /// # Errors
+    /// As [`stored`](Self::stored), and where the folder cannot be written to; nothing is changed then.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn write<'a>(
+        &self,
+        folder: &std::path::Path,
+        dtype: DType,
+        max_shard_size: u64,
+        values: impl Fn(&Parameter) -> Option<&'a [f32]>,
+    ) -> crate::Result<Vec<String>> {
+        use oxiformers_hub::checkpoint::TensorInfo;
+        use oxiformers_hub::checkpoint::safetensors::Writer;
+
+        let (trained, frozen) = (self.stored(values)?, self.frozen());
+        let info = |(name, dtype, shape): (&String, DType, &Vec<usize>)| TensorInfo {
+            name: name.clone(),
+            dtype,
+            shape: shape.clone(),
+        };
+        let mut infos: Vec<TensorInfo> = (trained.iter())
+            .map(|(name, (shape, _))| info((name, dtype, shape)))
+            .chain(frozen.iter().map(|(name, view)| info((name, view.dtype, &view.shape))))
+            .collect();
+        infos.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut writer = Writer::create(folder, &infos, &[], max_shard_size)?;
+        for (name, (_, values)) in &trained {
+            let bytes = oxiformers_quant::values::from_f32(values, dtype)
+                .map_err(|reason| crate::Error::input("dtype", reason))?;
+            writer.write_bytes(name, &bytes)?;
+        }
+        for (name, view) in &frozen {
+            writer.write_bytes(name, &view.data)?;
+        }
+        Ok(writer.finish()?)
+    }
+}
+
+/// Values of parameters that were taken out of a model, flat.
+pub type Values = HashMap<ParamId, Tensor<1>>;
+
+/// Takes the values of the parameters `ids` out of a model, without their autodiff association, and where there are
+/// `gradients` these too. What is left in the model are empty tensors, so that nobody but the caller holds the values and
+/// they can be changed in place; [`put`] puts them back. A tied parameter is taken once. A parameter without a gradient
+/// took no part in the loss.
+pub fn take<M: Module>(model: M, ids: &HashSet<ParamId>, gradients: Option<Gradients>) -> (M, Values, Values) {
+    let mut taker = Taker {
+        ids,
+        gradients,
+        values: Values::new(),
+        grads: Values::new(),
+    };
+    let model = model.map(&mut taker);
+    (model, taker.values, taker.grads)
+}
+
+struct Taker<'a> {
+    ids: &'a HashSet<ParamId>,
+    gradients: Option<Gradients>,
+    values: Values,
+    grads: Values,
+}
+
+impl ModuleMapper for Taker<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !self.ids.contains(&param.id) {
+            return param;
+        }
+        let (id, tensor, mapper) = param.consume();
+        let empty = Tensor::empty([0; D], &tensor.device().without_autodiff());
+        if !self.values.contains_key(&id) {
+            let count = tensor.shape().num_elements();
+            let grad = self.gradients.as_mut().and_then(|gradients| tensor.grad_remove(gradients));
+            if let Some(grad) = grad {
+                self.grads.insert(id, grad.reshape([count]));
+            }
+            self.values.insert(id, tensor.inner().reshape([count]));
+        }
+        Param::from_mapped_value(id, empty, mapper)
+    }
+}
+
+/// Puts values back where [`take`] took them, with the shapes that `parameters` say. With `track`, their gradients are
+/// computed from then on.
+pub fn put<M: Module>(model: M, parameters: &[Parameter], values: &Values, track: bool) -> M {
+    let shapes = parameters.iter().map(|parameter| (parameter.id, parameter.shape.as_slice()));
+    let mut putter = Putter {
+        shapes: shapes.collect(),
+        values,
+        track,
+        done: HashMap::new(),
+    };
+    model.map(&mut putter)
+}
+
+struct Putter<'a> {
+    shapes: HashMap<ParamId, &'a [usize]>,
+    values: &'a Values,
+    track: bool,
+    /// What was put: one leaf of the graph for each parameter, however often it appears.
+    done: HashMap<ParamId, Box<dyn Any>>,
+}
+
+impl ModuleMapper for Putter<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (Some(shape), Some(value)) = (self.shapes.get(&param.id), self.values.get(&param.id)) else {
+            return param;
+        };
+        let Ok(shape) = <[usize; D]>::try_from(*shape) else {
+            return param;
+        };
+        let (id, _, mapper) = param.consume();
+        let done = self.done.entry(id).or_insert_with(|| {
+            let tensor: Tensor<D> = value.clone().reshape(shape);
+            Box::new(match self.track {
+                true => tensor.autodiff().require_grad(),
+                false => tensor,
+            })
+        });
+        match done.downcast_ref::<Tensor<D>>() {
+            Some(tensor) => Param::from_mapped_value(id, tensor.clone(), mapper),
+            None => Param::from_mapped_value(id, value.clone().reshape(shape), mapper),
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots() {
-        let stored: Vec<f32> = (0..12).map(|i| i as f32).collect();
-        let whole = Slot::whole("x", &[2, 3, 2]);
-        assert!(whole.is_whole(&[2, 3, 2]));
-        assert_eq!(whole.gather(&[2, 3, 2], &stored), stored);
-        // The second of two matrices, transposed.
-        let part = Slot {
-            offset: 6,
-            strides: vec![1, 2],
-            ..whole
-        };
-        let own = part.gather(&[2, 3], &stored);
-        assert!(!part.is_whole(&[2, 3]));
-        assert_eq!(own, [6.0, 8.0, 10.0, 7.0, 9.0, 11.0]);
-        let mut back = vec![0.0; 12];
-        part.scatter(&[2, 3], &own, &mut back);
-        assert_eq!(back[..6], [0.0; 6]);
-        assert_eq!(back[6..], stored[6..]);
+/// The values of the parameters `ids`, which stay in the model.
+pub fn values<M: Module>(model: &M, ids: &HashSet<ParamId>) -> Values {
+    struct Reader<'a> {
+        ids: &'a HashSet<ParamId>,
+        values: Values,
     }
+    impl ModuleVisitor for Reader<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if self.ids.contains(&param.id) && !self.values.contains_key(&param.id) {
+                let tensor = param.val().inner();
+                let count = tensor.shape().num_elements();
+                self.values.insert(param.id, tensor.reshape([count]));
+            }
+        }
+    }
+    let mut reader = Reader {
+        ids,
+        values: Values::new(),
+    };
+    model.visit(&mut reader);
+    reader.values
 }

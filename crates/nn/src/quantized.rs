@@ -60,9 +60,20 @@ impl Weights {
         let packed = scheme
             .load(&parts, shape)
             .map_err(|reason| self.wrong(full, reason))?;
+        self.keep_parts(&names)?;
         lock(&self.shared.used).extend(names);
         let matrix = self.packed_matrix(full.to_string(), packed)?;
         self.with_input(full, matrix, scheme.as_ref()).map(Some)
+    }
+
+    /// Keeps the tensors of a module that is never trained, so that they are saved with what is.
+    fn keep_parts(&self, names: &[String]) -> Result<()> {
+        if let (Some(parameters), Some(source)) = (&self.shared.options.parameters, &self.shared.source) {
+            for name in names {
+                parameters.keep(name, &source.tensor(name)?);
+            }
+        }
+        Ok(())
     }
 
     /// A matrix of a scheme, with what the scheme does with its inputs.
@@ -105,6 +116,7 @@ impl Weights {
                 self.with_input(&name, matrix, scheme.as_ref())
             });
             let matrices = matrices.collect::<Result<_>>()?;
+            self.keep_parts(&found.names)?;
             lock(&self.shared.used).extend(found.names);
             return Ok(Some(matrices));
         }

@@ -296,8 +296,11 @@ pub fn load_logits_bias(w: &Weights, name: &str, vocab_size: usize) -> Result<Op
     if !w.is_stored(name) {
         return Ok(None);
     }
-    let bias = w.param_as(name, [1, vocab_size], [vocab_size], Init::Zeros)?;
-    Ok(Some(bias.set_require_grad(false)))
+    let bias = w.buffer::<2>(name, [1, vocab_size], Init::Zeros)?;
+    Ok(Some(Param::initialized(
+        bias.id,
+        bias.val().reshape([vocab_size]),
+    )))
 }
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
-use crate::checkpointing;
-use crate::{Cache, Context, DecoderLayer, Embedding, EncoderOutput, Linear, Norm, Positions};
+use crate::{
+    Cache, Context, DecoderLayer, Embedding, EncoderOutput, Linear, Norm, Positions, checkpointing, training,
+};
 
 /// Embeddings, layers and a norm: a decoder without its output layer, or either half of an encoder-decoder.
 #[derive(Module, Debug)]
@@ -41,7 +42,7 @@ impl<L: DecoderLayer> Stack<L> {
 
     /// What the first layer gets for `input_ids` `[batch, seq]`: `[batch, seq, hidden_size]`.
     pub fn embed(&self, input_ids: Tensor<2, Int>, cx: &mut Context) -> Tensor<3> {
-        let mut x = self.embed_tokens.forward(input_ids);
+        let mut x = training::noise(self.embed_tokens.forward(input_ids));
         if self.embed_scale != 1.0 {
             x = x * self.embed_scale;
         }
@@ -55,7 +56,7 @@ impl<L: DecoderLayer> Stack<L> {
         if let Some(norm) = &self.embed_norm {
             x = norm.forward(x);
         }
-        x
+        training::embedding(x)
     }
 
     /// What the layer `index` makes of what it gets.

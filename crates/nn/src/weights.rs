@@ -5,15 +5,16 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use burn::module::{Param, ParamId};
-use burn::tensor::{Device, Distribution, FloatDType, Shape, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Shape, Tensor, TensorData};
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
 use oxiformers_kernels::threads;
 pub use oxiformers_quant::to_f32;
 use oxiformers_quant::{PackedMatrix, QuantizationConfig, Recipe, Scheme};
 
 use crate::adapter::AdapterLayer;
+use crate::init::normal;
 use crate::linear::{Matrix, Observer};
-use crate::parameters::{Parameter, Parameters, Slot};
+use crate::parameters::{Kind, Parameter, Parameters, Slot};
 use crate::survey::Survey;
 use crate::{Adapter, Error, Result, Target, TargetKind};
 
@@ -84,8 +85,15 @@ pub struct LoadOptions {
     /// Adapters, in the order in which they are applied. Where there are any, the model's own parameters are not trained,
     /// and on the CPU its matrices stay packed under autodiff, too.
     pub adapters: Vec<Arc<dyn Adapter>>,
-    /// Who is told which parameter is which tensor of the checkpoint.
+    /// Who is told which parameters a model has, for training: those that it [trains](Parameters::trains) are held as
+    /// dense tensors.
     pub parameters: Option<Arc<Parameters>>,
+    /// Whether heads that a checkpoint lacks are initialized; it is an error else.
+    pub new_heads: bool,
+    /// Whether heads of another shape than the configuration says are initialized anew, such as those for other labels.
+    pub ignore_mismatched_sizes: bool,
+    /// Seed of what is initialized. The values of a tensor depend on this and its name alone.
+    pub seed: u64,
 }
 
 impl Default for LoadOptions {
@@ -98,6 +106,9 @@ impl Default for LoadOptions {
             survey: None,
             adapters: Vec::new(),
             parameters: None,
+            new_heads: false,
+            ignore_mismatched_sizes: false,
+            seed: 0,
         }
     }
 }
@@ -112,6 +123,12 @@ pub struct Weights {
     role: Role,
     /// Linear layers that are kept, too, by the last components of their names.
     kept: &'static [&'static str],
+    /// What the parameters here belong to.
+    kind: Kind,
+    /// Whether a model here has no layer that makes logits.
+    pub(crate) without_output: bool,
+    /// Standard deviation of what is initialized here, where that is not the model's `initializer_range`.
+    std: Option<f64>,
 }
 
 pub(crate) struct Shared {
@@ -123,6 +140,8 @@ pub(crate) struct Shared {
     base_prefix: String,
     pub(crate) used: Mutex<BTreeSet<String>>,
     params: Mutex<Vec<(ParamId, String)>>,
+    /// What the checkpoint lacked, and was initialized.
+    new: Mutex<Vec<String>>,
     /// What is sure to be multiplied with, in the order of loading.
     products: Mutex<Vec<Weak<dyn PackedMatrix>>>,
 }
@@ -149,7 +168,7 @@ impl Weights {
         Self::build(Some(Box::new(source)), base_prefix, options, 0.0)
     }
 
-    /// Fresh parameters. Seed the device first to make them reproducible.
+    /// Fresh parameters: those of [`Init::Normal`] by the seed of `options` and their names.
     pub fn init(options: LoadOptions, initializer_range: f64) -> Self {
         Self::build(None, "", options, initializer_range)
     }
@@ -187,21 +206,23 @@ impl Weights {
                 base_prefix,
                 used: Mutex::default(),
                 params: Mutex::default(),
+                new: Mutex::default(),
                 products: Mutex::default(),
             }),
             prefix: String::new(),
             role: Role::Linear,
             kept: &[],
+            kind: Kind::Other,
+            without_output: false,
+            std: None,
         }
     }
 
     /// The place `name` below this one.
     pub fn pp(&self, name: impl Display) -> Self {
         Self {
-            shared: self.shared.clone(),
             prefix: self.full(&name.to_string()),
-            role: self.role,
-            kept: self.kept,
+            ..self.clone()
         }
     }
 
@@ -234,6 +255,30 @@ impl Weights {
     #[must_use]
     pub fn with_role(&self, role: Role) -> Self {
         Self { role, ..self.clone() }
+    }
+
+    /// The same place, whose parameters belong to something that optimizers treat in its own way.
+    #[must_use]
+    pub fn with_kind(&self, kind: Kind) -> Self {
+        Self { kind, ..self.clone() }
+    }
+
+    /// The same place, for a decoder without the layer that makes logits: another head stands on it.
+    #[must_use]
+    pub fn without_output(&self) -> Self {
+        Self {
+            without_output: true,
+            ..self.clone()
+        }
+    }
+
+    /// The same place, where what is initialized has a standard deviation of its own.
+    #[must_use]
+    pub fn with_std(&self, std: f64) -> Self {
+        Self {
+            std: Some(std),
+            ..self.clone()
+        }
     }
 
     /// Where parameters live.
@@ -278,20 +323,82 @@ impl Weights {
         shape: [usize; D],
         init: Init,
     ) -> Result<Param<Tensor<D>>> {
+        self.param_as(name, name, shape, init)
+    }
+
+    /// A parameter that is stored under an old name, and is saved under the one that it has now.
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
+    pub fn param_as<const D: usize>(
+        &self,
+        stored: &str,
+        name: &str,
+        shape: [usize; D],
+        init: Init,
+    ) -> Result<Param<Tensor<D>>> {
+        let full = self.full(stored);
+        let tensor = match self.take(&full, &shape)? {
+            Some(view) => self.dense(&full, &view)?,
+            None => self.fresh(&full, shape, init),
+        };
+        self.renamed(&full, name);
+        let full = self.full(name);
+        Ok(self.register(&full, &Slot::whole(&full, &shape), tensor))
+    }
+
+    /// A parameter whose values are a part of the stored tensor `slot`, the name of which is relative to this place. `name`
+    /// is what it is called here.
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
+    pub fn param_of<const D: usize>(
+        &self,
+        name: &str,
+        slot: Slot,
+        shape: [usize; D],
+        init: Init,
+    ) -> Result<Param<Tensor<D>>> {
+        let slot = Slot {
+            tensor: self.full(&slot.tensor),
+            ..slot
+        };
+        let full = self.full(name);
+        let tensor = match self.take(&slot.tensor, &slot.shape)? {
+            Some(view) => {
+                let values = slot.gather(&shape, &self.values(&slot.tensor, &view)?);
+                self.cast(Tensor::from_data(TensorData::new(values, shape), self.device()))
+            }
+            None => self.fresh(&full, shape, init),
+        };
+        Ok(self.register(&full, &slot, tensor))
+    }
+
+    /// Values that are stored with a model and never trained.
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
+    pub fn buffer<const D: usize>(
+        &self,
+        name: &str,
+        shape: [usize; D],
+        init: Init,
+    ) -> Result<Param<Tensor<D>>> {
         let full = self.full(name);
         let tensor = match self.take(&full, &shape)? {
             Some(view) => self.dense(&full, &view)?,
-            None => self.fresh(shape, init),
+            None => self.fresh(&full, shape, init),
         };
-        let names = self.names_of(&full);
-        let trained = (self.shared.options.adapters.iter()).any(|adapter| adapter.trains(&names));
-        drop(names);
-        let param = self.register(full, tensor);
-        Ok(if trained {
-            param.set_require_grad(true)
-        } else {
-            param
-        })
+        Ok(Param::initialized(ParamId::new(), tensor))
+    }
+
+    /// Takes note that what is stored as `full` is called `name` from now on.
+    fn renamed(&self, full: &str, name: &str) {
+        if let Some(parameters) = self.shared.options.parameters.as_ref()
+            && full != self.full(name)
+        {
+            parameters.rename(full, &self.full(name));
+        }
     }
 
     /// A parameter of an adapter, whose whole name is `name`; `trained` says whether it wants gradients.
@@ -303,7 +410,19 @@ impl Weights {
     ) -> Param<Tensor<D>> {
         let tensor = Tensor::from_data(values, self.device());
         let trained = trained && tensor.is_autodiff();
-        self.register(name, tensor).set_require_grad(trained)
+        let id = ParamId::new();
+        lock(&self.shared.params).push((id, name.clone()));
+        let slot = Slot::whole(&name, &tensor.dims());
+        if trained && let Some(parameters) = &self.shared.options.parameters {
+            parameters.add(Parameter {
+                id,
+                name,
+                shape: slot.shape.clone(),
+                slot,
+                kind: Kind::Other,
+            });
+        }
+        Param::initialized(id, tensor).set_require_grad(trained)
     }
 
     /// The matrix of the module at this place with the parts that adapters have of it.
@@ -419,9 +538,10 @@ impl Weights {
         if let Some(matrix) = self.stored_module(&full, shape)? {
             return Ok(matrix);
         }
+        let slot = Slot::whole(&full, &shape);
         match self.take(&full, &shape)? {
-            Some(view) => self.matrix_from(full, view),
-            None => Ok(self.dense_matrix(full, self.fresh(shape, Init::Normal))),
+            Some(view) => self.matrix_from(&full, slot, view),
+            None => Ok(self.fresh_matrix(&full, &slot, shape)),
         }
     }
 
@@ -435,32 +555,25 @@ impl Weights {
     }
 
     fn matrix_turned(&self, name: &str, [out_features, in_features]: [usize; 2]) -> Result<Matrix> {
-        if self
-            .shared
-            .source
-            .as_ref()
-            .is_some_and(|source| source.rows_are_outputs())
-        {
-            return self.matrix(name, [out_features, in_features]);
-        }
+        let source = self.shared.source.as_ref();
+        let turned = source.is_some_and(|source| source.rows_are_outputs());
+        let shape = [out_features, in_features];
         let full = self.full(name);
-        if let Some(matrix) = self.stored_module(&full, [out_features, in_features])? {
+        let slot = Slot::transposed(&full, shape);
+        if let Some(matrix) = self.stored_module(&full, shape)? {
             return Ok(matrix);
         }
-        let turned = |matrix| {
-            self.lies(
-                matrix,
-                Slot::transposed(full.clone(), [out_features, in_features]),
-            )
+        let stored = if turned { shape } else { [in_features, out_features] };
+        let Some(mut view) = self.take(&full, &stored)? else {
+            return Ok(self.fresh_matrix(&full, &slot, shape));
         };
-        let Some(mut view) = self.take(&full, &[in_features, out_features])? else {
-            let fresh = self.fresh([out_features, in_features], Init::Normal);
-            return Ok(turned(self.dense_matrix(full.clone(), fresh)));
-        };
+        if turned {
+            return self.matrix_from(&full, slot, view);
+        }
         if self.shared.options.survey.is_some() {
             // Nobody looks at the values.
-            view.shape = vec![out_features, in_features];
-            return self.matrix_from(full, view);
+            view.shape = shape.to_vec();
+            return self.matrix_from(&full, slot, view);
         }
         // Copied once into the order that the multiplication reads.
         let values = self.values(&full, &view)?;
@@ -470,11 +583,10 @@ impl Weights {
             .into_data();
         let values = TensorView {
             dtype: DType::F32,
-            shape: vec![out_features, in_features],
+            shape: shape.to_vec(),
             data: values.bytes().to_vec().into(),
         };
-        self.matrix_stored_as(full.clone(), values, view.dtype)
-            .map(turned)
+        self.matrix_stored_as(&full, slot, turned, view.dtype)
     }
 
     /// `shape[0]` matrices `[shape[1], shape[2]]` that are stored as one tensor.
@@ -483,15 +595,10 @@ impl Weights {
         if let Some(matrices) = self.stored_stack(&full, shape)? {
             return Ok(matrices);
         }
-        let [_, rows, columns] = shape;
-        let part = |i, matrix| self.lies(matrix, Slot::part(full.clone(), i, &shape));
+        let slot = |i| Slot::part(&full, i, &shape);
         let Some(view) = self.take(&full, &shape)? else {
-            return (0..shape[0])
-                .map(|i| {
-                    let fresh = self.fresh([rows, columns], Init::Normal);
-                    Ok(part(i, self.dense_matrix(format!("{full}.{i}"), fresh)))
-                })
-                .collect();
+            let fresh = |i| self.fresh_matrix(&format!("{full}.{i}"), &slot(i), [shape[1], shape[2]]);
+            return Ok((0..shape[0]).map(fresh).collect());
         };
         let size = view.data.len() / shape[0].max(1);
         (0..shape[0])
@@ -502,7 +609,7 @@ impl Weights {
                     shape: vec![rows, columns],
                     data,
                 };
-                Ok(part(i, self.matrix_from(format!("{full}.{i}"), values)?))
+                self.matrix_from(&format!("{full}.{i}"), slot(i), part)
             })
             .collect()
     }
@@ -520,9 +627,20 @@ impl Weights {
     }
 
     /// A matrix made of stored values, kept packed where the device can multiply with it so. `name` is what
-    /// the parameter is called here.
-    pub fn matrix_of(&self, name: &str, view: TensorView) -> Result<Matrix> {
-        self.matrix_from(self.full(name), view)
+    /// the parameter is called here, `slot` where its values stand; the name of the tensor is relative to this place.
+    pub fn matrix_of(&self, name: &str, slot: Slot, view: TensorView) -> Result<Matrix> {
+        let tensor = self.full(&slot.tensor);
+        self.matrix_from(&self.full(name), Slot { tensor, ..slot }, view)
+    }
+
+    /// The same for fresh parameters.
+    pub fn fresh_matrix_of(&self, name: &str, slot: Slot, shape: [usize; 2]) -> Matrix {
+        let tensor = self.full(&slot.tensor);
+        self.fresh_matrix(&self.full(name), &Slot { tensor, ..slot }, shape)
+    }
+
+    fn fresh_matrix(&self, full: &str, slot: &Slot, shape: [usize; 2]) -> Matrix {
+        self.dense_matrix(full, slot, self.fresh(full, shape, Init::Normal))
     }
 
     /// The same matrix, of which is known where its values lie in the checkpoint.
@@ -556,7 +674,8 @@ impl Weights {
             .unwrap_or_default()
     }
 
-    /// Checks that every stored tensor was taken, and returns each parameter's name.
+    /// Checks that every stored tensor was taken, and returns each parameter's name. Warns of what was initialized because
+    /// the checkpoint lacks it.
     ///
     /// # Errors
     /// [`Error::LeftOver`] names the tensors that nothing was made of.
@@ -579,6 +698,15 @@ impl Weights {
             for adapter in &self.shared.options.adapters {
                 adapter.finish()?;
             }
+        }
+        let new = std::mem::take(&mut *lock(&self.shared.new));
+        if !new.is_empty() {
+            tracing::warn!(
+                "{}: some weights were not initialized from the checkpoint and are newly initialized: {}. You should \
+                 probably train this model on a task to be able to use it for predictions.",
+                self.origin(),
+                new.join(", ")
+            );
         }
         Ok(std::mem::take(&mut *lock(&self.shared.params)))
     }
@@ -623,6 +751,10 @@ impl Weights {
             };
         }
         let Some(stored) = self.stored(full) else {
+            if self.shared.options.new_heads && self.is_of_a_head(full) {
+                self.note_new(full);
+                return Ok(None);
+            }
             return Err(Error::MissingTensor {
                 origin: source.origin(),
                 name: full.to_string(),
@@ -630,6 +762,11 @@ impl Weights {
         };
         let view = source.tensor(stored)?;
         if view.shape != shape {
+            if self.shared.options.ignore_mismatched_sizes && self.is_of_a_head(full) {
+                lock(&self.shared.used).insert(stored.to_string());
+                self.note_new(full);
+                return Ok(None);
+            }
             return Err(Error::Shape {
                 origin: source.origin(),
                 name: stored.to_string(),
@@ -638,32 +775,90 @@ impl Weights {
             });
         }
         lock(&self.shared.used).insert(stored.to_string());
+        if let Some(parameters) = &self.shared.options.parameters {
+            parameters.keep(full, &view);
+        }
         Ok(Some(view))
     }
 
-    fn register<const D: usize>(&self, full: String, tensor: Tensor<D>) -> Param<Tensor<D>> {
-        let id = ParamId::new();
-        if let Some(parameters) = &self.shared.options.parameters {
-            let shape = tensor.dims();
-            parameters.add(Parameter {
-                id,
-                name: full.clone(),
-                shape: shape.to_vec(),
-                slot: Slot::whole(full.clone(), &shape),
-            });
-        }
-        lock(&self.shared.params).push((id, full));
-        Param::initialized(id, if self.trains() { tensor.require_grad() } else { tensor })
+    /// Whether a tensor stands on the base model: what a checkpoint for another task lacks.
+    fn is_of_a_head(&self, full: &str) -> bool {
+        const HEADS: [&str; 9] = [
+            "pooler",
+            "classifier",
+            "classification_head",
+            "qa_outputs",
+            "score",
+            "lm_head",
+            "predictions",
+            "summary",
+            "seq_relationship",
+        ];
+        let base = self.shared.base_prefix.as_str();
+        (!base.is_empty() && !full.starts_with(base)) || HEADS.iter().any(|head| full.contains(head))
     }
 
-    fn fresh<const D: usize>(&self, shape: [usize; D], init: Init) -> Tensor<D> {
+    fn note_new(&self, full: &str) {
+        lock(&self.shared.new).push(full.to_string());
+        if let Some(parameters) = &self.shared.options.parameters {
+            parameters.note_new(full);
+        }
+    }
+
+    /// Whether the tensor `name` is trained: where there are adapters, as they say.
+    fn is_trained(&self, name: &str) -> bool {
+        let options = &self.shared.options;
+        if !options.adapters.is_empty() {
+            let names = self.names_of(name);
+            return options.adapters.iter().any(|adapter| adapter.trains(&names));
+        }
+        let parameters = options.parameters.as_ref();
+        parameters.is_some_and(|parameters| parameters.trains(name))
+    }
+
+    fn register<const D: usize>(&self, full: &str, slot: &Slot, tensor: Tensor<D>) -> Param<Tensor<D>> {
+        let id = ParamId::new();
+        lock(&self.shared.params).push((id, full.to_string()));
+        if !self.is_trained(full) {
+            self.keep_fresh(slot, &tensor);
+            return Param::initialized(id, tensor);
+        }
+        if let Some(parameters) = &self.shared.options.parameters {
+            parameters.add(Parameter {
+                id,
+                name: full.to_string(),
+                shape: tensor.dims().to_vec(),
+                slot: slot.clone(),
+                kind: self.kind,
+            });
+        }
+        Param::initialized(id, tensor).set_require_grad(true)
+    }
+
+    /// Keeps what was initialized and is not trained, so that it is saved.
+    fn keep_fresh<const D: usize>(&self, slot: &Slot, tensor: &Tensor<D>) {
+        let Some(parameters) = &self.shared.options.parameters else {
+            return;
+        };
+        if !parameters.keeps(&slot.tensor) && slot.is_whole(&tensor.dims()) {
+            let data = tensor.clone().into_data().convert::<f32>();
+            let view = TensorView {
+                dtype: DType::F32,
+                shape: slot.shape.clone(),
+                data: data.bytes().to_vec().into(),
+            };
+            parameters.keep(&slot.tensor, &view);
+        }
+    }
+
+    fn fresh<const D: usize>(&self, full: &str, shape: [usize; D], init: Init) -> Tensor<D> {
         let device = self.device();
         let tensor = match init {
-            Init::Normal => Tensor::random(
-                shape,
-                Distribution::Normal(0.0, self.shared.initializer_range),
-                device,
-            ),
+            Init::Normal => {
+                let std = self.std.unwrap_or(self.shared.initializer_range);
+                let values = normal(self.shared.options.seed, full, std, shape.iter().product());
+                Tensor::from_data(TensorData::new(values, shape), device)
+            }
             Init::Zeros => Tensor::zeros(shape, device),
             Init::Ones => Tensor::ones(shape, device),
         };
@@ -677,26 +872,26 @@ impl Weights {
         }
     }
 
-    fn matrix_from(&self, full: String, view: TensorView) -> Result<Matrix> {
+    fn matrix_from(&self, full: &str, slot: Slot, view: TensorView) -> Result<Matrix> {
         let dtype = view.dtype;
-        self.matrix_stored_as(full, view, dtype)
+        self.matrix_stored_as(full, slot, view, dtype)
     }
 
     /// A matrix of values that the checkpoint has as `dtype`.
-    fn matrix_stored_as(&self, full: String, view: TensorView, dtype: DType) -> Result<Matrix> {
-        if let Some(matrix) = self.quantized(&full, &view, dtype)? {
+    fn matrix_stored_as(&self, full: &str, slot: Slot, view: TensorView, dtype: DType) -> Result<Matrix> {
+        if let Some(matrix) = self.quantized(full, &view, dtype)? {
             return Ok(matrix);
         }
         // What is to be trained must be floats in a tensor.
         let floats = matches!(view.dtype, DType::F32 | DType::F16 | DType::BF16);
         if self.packs()
-            && !(floats && self.trains())
+            && !(self.is_trained(full) && self.shared.options.adapters.is_empty())
             && let Some(packed) = oxiformers_quant::pack(&view)
         {
-            return self.packed_matrix(full, packed);
+            return self.packed_matrix(full.to_string(), packed);
         }
-        let tensor = self.dense(&full, &view)?;
-        Ok(self.dense_matrix(full, tensor))
+        let tensor = self.dense(full, &view)?;
+        Ok(self.dense_matrix(full, &slot, tensor))
     }
 
     /// A matrix in a form that is multiplied so where the device can.
@@ -714,12 +909,15 @@ impl Weights {
         let mut values = vec![0.0; rows * columns];
         packed.dequantize_rows(0..rows, &mut values);
         let data = TensorData::new(values, [rows, columns]);
-        Ok(self.dense_matrix(full, self.cast(Tensor::from_data(data, self.device()))))
+        let values = self.cast(Tensor::from_data(data, self.device()));
+        let values = Param::initialized(ParamId::new(), values);
+        let observer = self.shared.options.observer.as_ref();
+        Ok(Matrix::dense(values).observed(&full, observer))
     }
 
-    fn dense_matrix(&self, full: String, tensor: Tensor<2>) -> Matrix {
+    fn dense_matrix(&self, full: &str, slot: &Slot, tensor: Tensor<2>) -> Matrix {
         let observer = self.shared.options.observer.as_ref();
-        Matrix::dense(self.register(full.clone(), tensor)).observed(&full, observer)
+        Matrix::dense(self.register(full, slot, tensor)).observed(full, observer)
     }
 
     /// Whether the model's own parameters are trained.

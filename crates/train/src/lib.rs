@@ -1,14 +1,37 @@
-//! Training: what a gradient does to a parameter.
+//! Training: models learn from data as they do with Transformers' Trainer.
 //!
-//! [`clip`] brings the norm of the gradients of a step down, an [`optim::Optimizer`] changes each parameter in place by its
-//! gradient, and a [`Schedule`] says by which learning rate.
+//! A [`Task`] says what is learned, a [`Trainer`] trains: forward, backward, [`clip`], an [`optim::Optimizer`] that changes
+//! each parameter in place by its gradient, and a [`Schedule`] that says by which learning rate. What is trained is named
+//! by a [`Parameters`](oxiformers_models::nn::Parameters) that was filled when the model was loaded, and a
+//! [`Saver`](checkpoint::Saver) writes it: a whole model, or adapters beside one. [`Callback`]s hear of every step.
 
+pub mod arguments;
+pub mod buffer;
+pub mod card;
+pub mod checkpoint;
 pub mod clip;
 pub mod decay;
 pub mod error;
+pub mod events;
+pub mod loss;
+pub mod metrics;
 pub mod optim;
+pub mod recipe;
 pub mod schedule;
+pub mod state;
+pub mod task;
+pub mod tasks;
+pub mod tensorboard;
+pub mod trainer;
 
+pub use arguments::{OnNan, Resume, SaveDtype, Strategy, TrainingArguments};
+pub use checkpoint::{ModelSaver, Saver};
 pub use error::{Error, Result};
+pub use events::{Callback, Event, MetricsFile, Plan};
 pub use optim::{Optimizer, OptimizerConfig, OptimizerName};
+pub use recipe::{Job, Recipe, Surroundings, TaskName};
 pub use schedule::{Schedule, ScheduleConfig, SchedulerType};
+pub use state::TrainerState;
+pub use task::{LossOptions, Metrics, Network, Outputs, Size, Task};
+pub use tensorboard::TensorBoard;
+pub use trainer::{Outcome, TrainOutput, Trained, Trainer};

@@ -1,0 +1,50 @@
+//! Fresh parameters.
+
+use std::f64::consts::TAU;
+
+/// `count` values of a normal distribution with mean 0: the same for the same seed and name, on every platform and whatever
+/// else is initialized (Box and Muller, 1958, over SplitMix64).
+pub fn normal(seed: u64, name: &str, std: f64, count: usize) -> Vec<f32> {
+    // FNV-1a over the name, from a state that the seed sets.
+    let mut state = 0xcbf2_9ce4_8422_2325 ^ mix(seed);
+    for byte in name.bytes() {
+        state = (state ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let mut unit = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        ((mix(state) >> 11) as f64 + 0.5) / (1_u64 << 53) as f64
+    };
+    let mut values = Vec::with_capacity(count + 1);
+    while values.len() < count {
+        let (radius, angle) = ((-2.0 * unit().ln()).sqrt() * std, TAU * unit());
+        values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
+    }
+    values.truncate(count);
+    values
+}
+
+/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn normal_values_by_seed_and_name() {
+        let values = normal(1, "a", 0.5, 20_001);
+        let count = values.len() as f64;
+        let mean = values.iter().map(|x| f64::from(*x)).sum::<f64>() / count;
+        let var = values.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / count;
+        assert!(mean.abs() < 0.02 && (var.sqrt() - 0.5).abs() < 0.02, "{mean} {var}");
+        let outside = values.iter().filter(|x| x.abs() > 1.0).count() as f64 / count;
+        assert!((outside - 0.0455).abs() < 0.01, "{outside}");
+        assert_eq!(values[..7], normal(1, "a", 0.5, 7));
+        assert_ne!(values[..7], normal(2, "a", 0.5, 7));
+        assert_ne!(values[..7], normal(1, "b", 0.5, 7));
+    }
+}

@@ -1,0 +1,92 @@
+//! How wrong logits are.
+
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use oxiformers_data::tasks::IGNORED;
+
+/// Indices as a tensor.
+fn ids(values: Vec<i64>, device: &Device) -> Tensor<1, Int> {
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), device)
+}
+
+/// The mean of `-log softmax(logits)[target]` over the rows of `logits` `[rows, classes]` whose target is not
+/// [`IGNORED`]; with `smoothing` ε, of `(1 − ε)` times this and ε times the mean over all classes (Szegedy et al., 2016).
+/// `None` where all are ignored.
+pub fn cross_entropy(logits: Tensor<2>, targets: &[i64], smoothing: f64) -> Option<Tensor<1>> {
+    let [rows, _] = logits.dims();
+    let device = logits.device();
+    let learned: Vec<i64> = (targets.iter().zip(0i64..))
+        .filter(|(target, _)| **target != IGNORED)
+        .map(|(_, row)| row)
+        .collect();
+    if learned.is_empty() {
+        return None;
+    }
+    let logits = match learned.len() == rows {
+        true => logits,
+        false => logits.select(0, ids(learned.clone(), &device)),
+    };
+    let targets: Vec<i64> = learned.iter().map(|row| targets[*row as usize]).collect();
+    let count = targets.len();
+    let log_probs = activation::log_softmax(logits, 1);
+    let of_target = log_probs.clone().gather(1, ids(targets, &device).reshape([count, 1]));
+    let loss = of_target.mean().neg();
+    Some(match smoothing {
+        0.0 => loss,
+        epsilon => loss * (1.0 - epsilon) - log_probs.mean() * epsilon,
+    })
+}
+
+/// The mean of squared differences (`MSELoss`); both `[rows, outputs]`.
+pub fn mean_squared_error(outputs: Tensor<2>, targets: Vec<f32>) -> Tensor<1> {
+    let targets = Tensor::<2>::from_data(TensorData::new(targets, outputs.dims()), &outputs.device());
+    (outputs - targets).powi_scalar(2).mean()
+}
+
+/// The mean of the binary cross entropies of `sigmoid(logits)` and targets of 0 or 1 (`BCEWithLogitsLoss`); both
+/// `[rows, classes]`.
+pub fn binary_cross_entropy(logits: Tensor<2>, targets: Vec<f32>) -> Tensor<1> {
+    let targets = Tensor::<2>::from_data(TensorData::new(targets, logits.dims()), &logits.device());
+    // max(x, 0) − x · y + log(1 + exp(−|x|)) does not overflow.
+    let softplus = ((logits.clone().abs().neg()).exp() + 1.0).log();
+    (activation::relu(logits.clone()) - logits * targets + softplus).mean()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(loss: Tensor<1>) -> f32 {
+        loss.into_scalar()
+    }
+
+    #[test]
+    fn cross_entropies() {
+        let device = Device::flex();
+        let logits = Tensor::<2>::from_floats([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0], [3.0, -1.0, 0.0]], &device);
+        let log_prob = |row: [f32; 3], at: usize| row[at] - row.iter().map(|x| x.exp()).sum::<f32>().ln();
+        let rows = [[1.0, 2.0, 0.5], [0.0, 0.0, 0.0], [3.0, -1.0, 0.0]];
+        let expected = -(log_prob(rows[0], 1) + log_prob(rows[2], 2)) / 2.0;
+        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.0).expect("loss");
+        assert!((number(loss) - expected).abs() < 1e-6);
+        let all: f32 = [0, 2].iter().flat_map(|row| (0..3).map(move |at| log_prob(rows[*row], at))).sum();
+        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.1).expect("loss");
+        assert!((number(loss) - (0.9 * expected - 0.1 * all / 6.0)).abs() < 1e-6);
+        assert!(cross_entropy(logits, &[IGNORED; 3], 0.0).is_none());
+    }
+
+    #[test]
+    fn other_losses() {
+        let device = Device::flex();
+        let outputs = Tensor::<2>::from_floats([[1.0, -2.0], [100.0, -100.0]], &device);
+        let loss = number(mean_squared_error(outputs.clone(), vec![0.0, 0.0, 99.0, -101.0]));
+        assert!((loss - (1.0 + 4.0 + 1.0 + 1.0) / 4.0).abs() < 1e-6);
+        let entropy = |x: f32, y: f32| {
+            let p = 1.0 / (1.0 + (-x).exp());
+            -(y * p.ln() + (1.0 - y) * (1.0 - p).ln())
+        };
+        let loss = number(binary_cross_entropy(outputs, vec![1.0, 0.0, 0.0, 1.0]));
+        let expected = (entropy(1.0, 1.0) + entropy(-2.0, 0.0) + 100.0 + 100.0) / 4.0;
+        assert!((loss - expected).abs() < 1e-4, "{loss} {expected}");
+    }
+}

@@ -1,0 +1,632 @@
+//! A training as a file says it: the task, the model, the data and the arguments.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use burn::tensor::{Device, FloatDType};
+use oxiformers_data::tasks::causal_lm::{CausalLM, Source};
+use oxiformers_data::tasks::denoising::Denoising;
+use oxiformers_data::tasks::masked_lm::{MaskOptions, MaskedLM as MaskedText};
+use oxiformers_data::tasks::multiple_choice::MultipleChoice as ChoiceText;
+use oxiformers_data::tasks::question_answering::QuestionAnswering as QuestionText;
+use oxiformers_data::tasks::seq2seq::Seq2Seq;
+use oxiformers_data::tasks::text_classification::{Problem, TextClassification};
+use oxiformers_data::tasks::token_classification::TokenClassification as TokenText;
+use oxiformers_data::tasks::{Objective, Texts};
+use oxiformers_data::{BadData, CacheOptions, Dataset, Format, Progress, SampleBy, TokenCache, find, prepare};
+use oxiformers_hub::ModelFiles;
+use oxiformers_hub::checkpoint::DType;
+use oxiformers_models::nn::{LoadOptions, Parameters};
+use oxiformers_models::tasks::{
+    MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification,
+};
+use oxiformers_models::{
+    AutoConfig, AutoModelFor, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Labels, ProblemType,
+};
+use oxiformers_processors::{ChatTemplate, Tokenizer};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::arguments::SaveDtype;
+use crate::tasks::{CausalLanguageModeling, Seq2SeqLanguageModeling, TextTask, TrainedHead};
+use crate::{Callback, Error, ModelSaver, Plan, Result, Task, TrainOutput, Trained, Trainer, TrainingArguments};
+
+/// What is learned, by the names of recipes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[allow(missing_docs)]
+pub enum TaskName {
+    CausalLm,
+    MaskedLm,
+    TextClassification,
+    TokenClassification,
+    QuestionAnswering,
+    MultipleChoice,
+    Seq2seqLm,
+    /// The denoising of T5 or BART.
+    Denoising,
+}
+
+/// One or several.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    fn list(&self) -> Vec<String> {
+        match self {
+            Self::One(one) => vec![one.clone()],
+            Self::Many(many) => many.clone(),
+        }
+    }
+}
+
+/// The model that learns.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSection {
+    /// The checkpoint to begin with; without it, `config` says what is built anew.
+    pub name: Option<String>,
+    /// The fields of `config.json` of a new model.
+    pub config: Option<Map<String, Value>>,
+    /// Where the tokenizer is, if not with the model.
+    pub tokenizer: Option<String>,
+    /// Names of the classes.
+    pub labels: Option<Vec<String>>,
+    /// How labels are meant: single_label_classification, multi_label_classification or regression.
+    pub problem_type: Option<ProblemType>,
+    /// Whether a head of another shape than the labels say is initialized anew.
+    pub ignore_mismatched_sizes: bool,
+    /// Only tensors are trained whose names contain one of these; all where empty.
+    pub trainable: Vec<String>,
+}
+
+/// The data, and what is made of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSection {
+    train: Option<OneOrMany>,
+    eval: Option<OneOrMany>,
+    /// The share of the examples that is evaluated, where no files are.
+    pub eval_split: f64,
+    /// At most so many examples are evaluated.
+    pub max_eval_examples: Option<u64>,
+    /// At most so many records are read.
+    pub max_records: Option<u64>,
+    /// `jsonl`, `csv`, `parquet` or `txt`, where the names of files do not say it.
+    pub format: Option<String>,
+    /// What a record of a text file is: `line`, `paragraph` or `document`.
+    pub sample_by: String,
+    /// What to do with bad records: `stop` or `skip`.
+    pub bad_data: BadData,
+    /// Where tokenized data is kept.
+    pub cache: Option<PathBuf>,
+    /// The longest sequence in tokens; the model's where `None`.
+    pub max_length: Option<usize>,
+    /// Lengths of rows are rounded up to a multiple of this.
+    pub pad_to_multiple_of: Option<usize>,
+    /// Texts are joined and cut into blocks of so many tokens (language models).
+    pub block_size: Option<usize>,
+    /// Whether the texts within a block do not see each other.
+    pub packing: bool,
+    /// Whether a batch becomes one row without padding.
+    pub padding_free: bool,
+    /// Whether a text ends with the token that says so.
+    pub append_eos: bool,
+    text_column: String,
+    pair_column: Option<String>,
+    label_column: String,
+    prompt_column: Option<String>,
+    completion_column: Option<String>,
+    messages_column: Option<String>,
+    question_column: String,
+    context_column: String,
+    answers_column: String,
+    choices_columns: Vec<String>,
+    tokens_column: String,
+    tags_column: String,
+    source_column: String,
+    target_column: String,
+    source_prefix: String,
+    max_target_length: Option<usize>,
+    label_all_tokens: bool,
+    doc_stride: usize,
+    mlm_probability: f64,
+    whole_word_mask: bool,
+    noise_density: f64,
+    mean_noise_span_length: f64,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        let name = str::to_string;
+        Self {
+            train: None,
+            eval: None,
+            eval_split: 0.0,
+            max_eval_examples: None,
+            max_records: None,
+            format: None,
+            sample_by: name("line"),
+            bad_data: BadData::Stop,
+            cache: None,
+            max_length: None,
+            pad_to_multiple_of: None,
+            block_size: None,
+            packing: false,
+            padding_free: false,
+            append_eos: true,
+            text_column: name("text"),
+            pair_column: None,
+            label_column: name("label"),
+            prompt_column: None,
+            completion_column: None,
+            messages_column: None,
+            question_column: name("question"),
+            context_column: name("context"),
+            answers_column: name("answers"),
+            choices_columns: Vec::new(),
+            tokens_column: name("tokens"),
+            tags_column: name("ner_tags"),
+            source_column: name("source"),
+            target_column: name("target"),
+            source_prefix: String::new(),
+            max_target_length: None,
+            label_all_tokens: false,
+            doc_stride: 128,
+            mlm_probability: 0.15,
+            whole_word_mask: false,
+            noise_density: 0.15,
+            mean_noise_span_length: 3.0,
+        }
+    }
+}
+
+/// A training as a file says it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// What is learned.
+    pub task: TaskName,
+    /// The model.
+    pub model: ModelSection,
+    /// The data.
+    pub data: DataSection,
+    /// The arguments, by the names of `TrainingArguments`.
+    #[serde(default)]
+    pub training: Map<String, Value>,
+}
+
+/// A training whose task is not known to the caller.
+pub trait Job {
+    /// See [`Trainer::plan`].
+    fn plan(&self) -> Plan;
+    /// See [`Trainer::train`].
+    ///
+    /// # Errors
+    /// As there.
+    fn train(&mut self) -> Result<TrainOutput>;
+    /// See [`Trainer::evaluate`].
+    ///
+    /// # Errors
+    /// As there.
+    fn evaluate(&mut self) -> Result<Map<String, Value>>;
+    /// Seconds that a step takes, measured. The training cannot be used after it.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train).
+    fn measure(&mut self) -> Result<f64>;
+    /// See [`Trainer::save_model`].
+    ///
+    /// # Errors
+    /// As there.
+    fn save_model(&self, folder: &std::path::Path) -> Result<()>;
+    /// Lets somebody watch.
+    fn watch(&mut self, callback: Box<dyn Callback>);
+    /// After the step during which this becomes true, the training stops.
+    fn stop_with(&mut self, stop: Arc<AtomicBool>);
+    /// See [`Trainer::state`].
+    fn state(&self) -> &crate::TrainerState;
+    /// See [`Trainer::arguments`].
+    fn arguments(&self) -> &TrainingArguments;
+}
+
+impl<T: Task> Job for Trainer<T> {
+    fn plan(&self) -> Plan {
+        self.plan()
+    }
+
+    fn train(&mut self) -> Result<TrainOutput> {
+        self.train_blocking()
+    }
+
+    fn evaluate(&mut self) -> Result<Map<String, Value>> {
+        self.evaluate_blocking()
+    }
+
+    fn measure(&mut self) -> Result<f64> {
+        self.measure_blocking()
+    }
+
+    fn save_model(&self, folder: &std::path::Path) -> Result<()> {
+        self.save_model_blocking(folder)
+    }
+
+    fn watch(&mut self, callback: Box<dyn Callback>) {
+        self.add_callback(callback);
+    }
+
+    fn stop_with(&mut self, stop: Arc<AtomicBool>) {
+        self.set_stop(stop);
+    }
+
+    fn state(&self) -> &crate::TrainerState {
+        self.state()
+    }
+
+    fn arguments(&self) -> &TrainingArguments {
+        self.arguments()
+    }
+}
+
+/// Where the parts of a recipe come from.
+pub struct Surroundings<'a> {
+    /// Finds a model by its name.
+    pub resolve: &'a dyn Fn(&str) -> Result<ModelFiles>,
+    /// Where the model runs.
+    pub device: Device,
+    /// Hears how far data is tokenized; may stop it.
+    pub report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
+    /// Whether only the data for evaluation is needed.
+    pub evaluation: bool,
+}
+
+impl Recipe {
+    /// Reads a recipe from JSON; a TOML file has the same tables.
+    ///
+    /// # Errors
+    /// Names the field that is unknown, missing or of another kind.
+    pub fn from_json(json: Value) -> Result<Self> {
+        serde_json::from_value(json).map_err(|error| Error::config("recipe", format!("cannot be read: {error}")))
+    }
+
+    /// The names of all values besides the arguments, with their tables: `data.train`.
+    pub fn names() -> Vec<String> {
+        let keys = |table: &str, value: serde_json::Result<Value>| match value {
+            Ok(Value::Object(map)) => map.into_iter().map(|(name, _)| format!("{table}.{name}")).collect(),
+            _ => Vec::new(),
+        };
+        [
+            vec!["task".to_string()],
+            keys("model", serde_json::to_value(ModelSection::default())),
+            keys("data", serde_json::to_value(DataSection::default())),
+        ]
+        .concat()
+    }
+
+    /// Loads the model, tokenizes the data, and builds the training.
+    ///
+    /// # Errors
+    /// Whatever does not fit is named.
+    pub fn prepare(&self, mut around: Surroundings) -> Result<Box<dyn Job>> {
+        let arguments = TrainingArguments::from_json(self.training.clone())?;
+        let files = self.model.name.as_deref().map(|name| (around.resolve)(name)).transpose()?;
+        let of_tokenizer = match &self.model.tokenizer {
+            Some(name) => Some((around.resolve)(name)?),
+            None => files.clone(),
+        };
+        let of_tokenizer = of_tokenizer.ok_or_else(|| {
+            Error::config("model.tokenizer", "must be given for a new model: a folder with tokenizer.json")
+        })?;
+        let tokenizer = Tokenizer::from_files(&of_tokenizer).map_err(oxiformers_data::Error::from)?;
+        let config = self.config(files.as_ref(), &tokenizer)?;
+        let max_length = self.max_length(&config, &tokenizer);
+        let texts = Texts::new(tokenizer, max_length, self.data.pad_to_multiple_of)?;
+        let objective = self.objective(texts, &config, &of_tokenizer)?;
+        let (train, eval) = self.datasets(objective.as_ref(), &arguments, &mut around)?;
+        let build = Build {
+            recipe: self,
+            arguments,
+            files,
+            of_tokenizer,
+            config,
+            device: around.device,
+            train,
+            eval,
+        };
+        build.job(objective)
+    }
+
+    /// The configuration of the model, for this task and its labels.
+    fn config(&self, files: Option<&ModelFiles>, tokenizer: &Tokenizer) -> Result<AutoConfig> {
+        let config = match (files, &self.model.config) {
+            (Some(files), None) => AutoConfig::from_files(files)?,
+            (None, Some(fields)) => {
+                let mut fields = fields.clone();
+                let ids = [
+                    ("vocab_size", Some(tokenizer.vocab_size() as u32)),
+                    ("bos_token_id", tokenizer.bos_token_id()),
+                    ("eos_token_id", tokenizer.eos_token_id()),
+                    ("pad_token_id", tokenizer.pad_token_id().or(tokenizer.eos_token_id())),
+                ];
+                for (name, id) in ids {
+                    if let Some(id) = id.filter(|_| !fields.contains_key(name)) {
+                        fields.insert(name.to_string(), json!(id));
+                    }
+                }
+                AutoConfig::from_json(Value::Object(fields), "model.config")?
+            }
+            _ => {
+                return Err(Error::config(
+                    "model",
+                    "needs either `name`, a checkpoint to begin with, or `config`, the fields of a new model",
+                ));
+            }
+        };
+        let class = match (self.task, config.model_type.as_str()) {
+            (TaskName::CausalLm, "gpt2") => "LMHeadModel",
+            (TaskName::CausalLm, _) => "ForCausalLM",
+            (TaskName::MaskedLm, _) => "ForMaskedLM",
+            (TaskName::TextClassification, _) => "ForSequenceClassification",
+            (TaskName::TokenClassification, _) => "ForTokenClassification",
+            (TaskName::QuestionAnswering, _) => "ForQuestionAnswering",
+            (TaskName::MultipleChoice, _) => "ForMultipleChoice",
+            (TaskName::Seq2seqLm | TaskName::Denoising, "marian") => "MTModel",
+            (TaskName::Seq2seqLm | TaskName::Denoising, _) => "ForConditionalGeneration",
+        };
+        let labelled = matches!(self.task, TaskName::TextClassification | TaskName::TokenClassification);
+        let labels = self.model.labels.as_deref().filter(|_| labelled);
+        if labelled && labels.is_none() && config.json.get("id2label").is_none() && self.model.problem_type != Some(ProblemType::Regression) {
+            return Err(Error::config("model.labels", "must name the classes: the model does not know any"));
+        }
+        let one = ["value".to_string()];
+        let labels = match (labels, self.model.problem_type) {
+            (None, Some(ProblemType::Regression)) => Some(one.as_slice()),
+            (labels, _) => labels,
+        };
+        Ok(config.for_task(class, labels, self.model.problem_type.filter(|_| labelled))?)
+    }
+
+    fn max_length(&self, config: &AutoConfig, tokenizer: &Tokenizer) -> Option<usize> {
+        let said = self.data.max_length;
+        let model = config.architecture.max_position_embeddings();
+        // Texts that are cut into blocks are of any length.
+        match (said, self.data.block_size) {
+            (None, Some(_)) => None,
+            (Some(said), _) => Some(said),
+            (None, None) => [model, tokenizer.config().model_max_length].into_iter().flatten().min(),
+        }
+    }
+
+    fn objective(&self, texts: Texts, config: &AutoConfig, files: &ModelFiles) -> Result<Arc<dyn Objective>> {
+        let data = &self.data;
+        let labels = Labels::from_json(&config.json)?;
+        let names = || (0..labels.len()).map(|id| labels.label(id)).collect::<Vec<_>>();
+        Ok(match self.task {
+            TaskName::CausalLm => {
+                let source = match (&data.messages_column, &data.prompt_column, &data.completion_column) {
+                    (Some(messages), None, None) => {
+                        let template = ChatTemplate::from_files(files, &texts.tokenizer).map_err(oxiformers_data::Error::from)?;
+                        let template = template.ok_or_else(|| {
+                            Error::config("data.messages_column", "needs a chat template, and the model has none")
+                        })?;
+                        Source::Chat { messages: messages.clone(), template }
+                    }
+                    (None, Some(prompt), Some(completion)) => Source::Completion {
+                        prompt: prompt.clone(),
+                        completion: completion.clone(),
+                    },
+                    (None, None, None) => Source::Text(data.text_column.clone()),
+                    _ => {
+                        let message = "and `completion_column` belong together, and not beside `messages_column`";
+                        return Err(Error::config("data.prompt_column", message));
+                    }
+                };
+                Arc::new(CausalLM {
+                    texts,
+                    source,
+                    append_eos: data.append_eos,
+                    padding_free: data.padding_free,
+                })
+            }
+            TaskName::MaskedLm => {
+                let options = MaskOptions {
+                    mlm_probability: data.mlm_probability,
+                    whole_word_mask: data.whole_word_mask,
+                    ..MaskOptions::default()
+                };
+                Arc::new(MaskedText::new(texts, &data.text_column, options)?)
+            }
+            TaskName::TextClassification => Arc::new(TextClassification {
+                texts,
+                text_column: data.text_column.clone(),
+                pair_column: data.pair_column.clone(),
+                label_column: data.label_column.clone(),
+                problem: match labels.problem_type() {
+                    ProblemType::SingleLabelClassification => Problem::SingleLabel(names()),
+                    ProblemType::MultiLabelClassification => Problem::MultiLabel(names()),
+                    ProblemType::Regression => Problem::Regression(labels.len()),
+                },
+            }),
+            TaskName::TokenClassification => Arc::new(TokenText {
+                texts,
+                tokens_column: data.tokens_column.clone(),
+                tags_column: data.tags_column.clone(),
+                labels: names(),
+                label_all_tokens: data.label_all_tokens,
+            }),
+            TaskName::QuestionAnswering => Arc::new(QuestionText {
+                texts,
+                doc_stride: data.doc_stride,
+                question_column: data.question_column.clone(),
+                context_column: data.context_column.clone(),
+                answers_column: data.answers_column.clone(),
+            }),
+            TaskName::MultipleChoice => Arc::new(ChoiceText {
+                texts,
+                question_column: data.question_column.clone(),
+                choices: data.choices_columns.clone(),
+                label_column: data.label_column.clone(),
+            }),
+            TaskName::Seq2seqLm => Arc::new(Seq2Seq {
+                target: texts.tokenizer.for_target(None).map_err(oxiformers_data::Error::from)?,
+                texts,
+                source_column: data.source_column.clone(),
+                target_column: data.target_column.clone(),
+                prefix: data.source_prefix.clone(),
+                max_target_length: data.max_target_length,
+            }),
+            TaskName::Denoising => Arc::new(match config.model_type.as_str() {
+                "t5" | "mt5" | "umt5" => {
+                    Denoising::spans(texts, &data.text_column, data.noise_density, data.mean_noise_span_length)?
+                }
+                _ => Denoising::infilling(texts, &data.text_column, data.noise_density, data.mean_noise_span_length)?,
+            }),
+        })
+    }
+
+    fn cache(&self, objective: &dyn Objective, named: &OneOrMany, around: &mut Surroundings, folder: &PathBuf) -> Result<TokenCache> {
+        let format = self.data.format.as_deref().map(str::parse::<Format>).transpose()?;
+        let options = CacheOptions {
+            folder: folder.clone(),
+            sample_by: self.data.sample_by.parse::<SampleBy>()?,
+            bad_data: self.data.bad_data,
+            max_records: self.data.max_records,
+        };
+        let files = find(&named.list(), format)?;
+        let objective: &dyn oxiformers_data::Preprocessor = objective;
+        Ok(prepare(&files, objective, &options, &mut *around.report)?)
+    }
+
+    fn datasets(
+        &self,
+        objective: &dyn Objective,
+        arguments: &TrainingArguments,
+        around: &mut Surroundings,
+    ) -> Result<(Dataset, Option<Dataset>)> {
+        let folder = self.data.cache.clone().unwrap_or_else(|| arguments.output_dir.join("cache"));
+        let dataset = |cache: TokenCache| match self.data.block_size {
+            Some(size) => Dataset::blocks(cache, size, self.data.packing),
+            None => Ok(Dataset::new(cache)),
+        };
+        let most = self.data.max_eval_examples.unwrap_or(u64::MAX);
+        if let (true, Some(eval)) = (around.evaluation, &self.data.eval) {
+            let eval = dataset(self.cache(objective, eval, around, &folder)?)?.take(most);
+            return Ok((eval.clone(), Some(eval)));
+        }
+        let train = self.data.train.as_ref().ok_or_else(|| Error::config("data.train", "must name files of records"))?;
+        let train = dataset(self.cache(objective, train, around, &folder)?)?;
+        let (train, eval) = match (&self.data.eval, self.data.eval_split) {
+            (Some(eval), _) => (train, Some(dataset(self.cache(objective, eval, around, &folder)?)?)),
+            (None, 0.0) => (train, None),
+            (None, share) if share > 0.0 && share < 1.0 => {
+                let (train, eval) = train.split(share, arguments.data_seed.unwrap_or(arguments.seed));
+                (train, Some(eval))
+            }
+            (None, share) => {
+                return Err(Error::config("data.eval_split", format!("is {share}; it must lie from 0 to below 1")));
+            }
+        };
+        Ok((train, eval.map(|eval| eval.take(most))))
+    }
+}
+
+/// All that a training is built of.
+struct Build<'a> {
+    recipe: &'a Recipe,
+    arguments: TrainingArguments,
+    files: Option<ModelFiles>,
+    of_tokenizer: ModelFiles,
+    config: AutoConfig,
+    device: Device,
+    train: Dataset,
+    eval: Option<Dataset>,
+}
+
+impl Build<'_> {
+    fn job(self, objective: Arc<dyn Objective>) -> Result<Box<dyn Job>> {
+        match self.recipe.task {
+            TaskName::CausalLm => {
+                let task = CausalLanguageModeling::new(objective, &self.config);
+                let (parameters, options) = self.options();
+                let model = match &self.files {
+                    Some(files) => AutoModelForCausalLM::from_files(&self.with_config(files)?, &options)?,
+                    None => AutoModelForCausalLM::from_config(self.config.clone(), &options)?,
+                };
+                self.trainer(task, model, parameters)
+            }
+            TaskName::Seq2seqLm | TaskName::Denoising => {
+                let task = Seq2SeqLanguageModeling::new(objective, &self.config)?;
+                let (parameters, options) = self.options();
+                let model = match &self.files {
+                    Some(files) => AutoModelForSeq2SeqLM::from_files(&self.with_config(files)?, &options)?,
+                    None => AutoModelForSeq2SeqLM::from_config(self.config.clone(), &options)?,
+                };
+                self.trainer(task, model, parameters)
+            }
+            TaskName::MaskedLm => self.head::<MaskedLM>(objective),
+            TaskName::TextClassification => self.head::<SequenceClassification>(objective),
+            TaskName::TokenClassification => self.head::<TokenClassification>(objective),
+            TaskName::QuestionAnswering => self.head::<QuestionAnswering>(objective),
+            TaskName::MultipleChoice => self.head::<MultipleChoice>(objective),
+        }
+    }
+
+    fn head<T: TrainedHead>(self, objective: Arc<dyn Objective>) -> Result<Box<dyn Job>> {
+        let task = TextTask::new(objective, &self.config)?;
+        let (parameters, options) = self.options();
+        let model = match &self.files {
+            Some(files) => AutoModelFor::<T>::from_files(&self.with_config(files)?, &options)?,
+            None => AutoModelFor::<T>::from_config(self.config.clone(), &options)?,
+        };
+        self.trainer(task.with_head::<T>(), model, parameters)
+    }
+
+    fn options(&self) -> (Arc<Parameters>, LoadOptions) {
+        let chosen = self.recipe.model.trainable.clone();
+        let parameters = Arc::new(match chosen.is_empty() {
+            true => Parameters::all(),
+            false => Parameters::only(move |name| chosen.iter().any(|part| name.contains(part))),
+        });
+        let options = LoadOptions {
+            device: self.device.clone().autodiff(),
+            dtype: self.arguments.bf16.then_some(FloatDType::BF16),
+            parameters: Some(parameters.clone()),
+            new_heads: true,
+            ignore_mismatched_sizes: self.recipe.model.ignore_mismatched_sizes,
+            seed: self.arguments.seed,
+            ..LoadOptions::default()
+        };
+        (parameters, options)
+    }
+
+    /// The files of a checkpoint with the configuration of this task.
+    fn with_config(&self, files: &ModelFiles) -> Result<ModelFiles> {
+        let json = serde_json::to_vec(&self.config.json).unwrap_or_default();
+        Ok(files.with_file("config.json", json.into()))
+    }
+
+    fn trainer<T: Task + 'static>(self, task: T, model: T::Model, parameters: Arc<Parameters>) -> Result<Box<dyn Job>> {
+        let saver = ModelSaver {
+            config: self.config.json.clone(),
+            files: Some(self.of_tokenizer),
+            dtype: match self.arguments.save_dtype {
+                SaveDtype::Float32 => DType::F32,
+                SaveDtype::Bfloat16 => DType::BF16,
+                SaveDtype::Float16 => DType::F16,
+            },
+        };
+        let trained = Trained {
+            model,
+            parameters,
+            saver: Box::new(saver),
+        };
+        let trainer = Trainer::new(self.arguments, task, trained, self.train, self.eval)?;
+        Ok(Box::new(trainer))
+    }
+}

@@ -1,0 +1,106 @@
+//! Data whose tokens and labels are given, and models of the fixtures.
+
+// Each test uses some of it.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use oxiformers_data::tasks::{Batch, Draw, IGNORED, Objective, Padding, Row, Targets};
+use oxiformers_data::{CacheOptions, DataFile, Dataset, Example, Preprocessor, SampleBy, prepare};
+use oxiformers_hub::ModelFiles;
+use oxiformers_hub::checkpoint::DType;
+use oxiformers_models::AutoConfig;
+use oxiformers_models::nn::{LoadOptions, Parameters};
+use oxiformers_train::{ModelSaver, TrainingArguments};
+use serde_json::{Map, Value, json};
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/curves").join(name)
+}
+
+/// Examples as they stand in a file: `input_ids` and `labels`.
+#[derive(Debug, Clone, Copy)]
+pub struct Given {
+    /// Whether a label is one for the whole example.
+    pub classes: bool,
+}
+
+const PADDING: Padding = Padding {
+    pad_token_id: 0,
+    pad_token_type_id: 0,
+    multiple_of: 1,
+};
+
+impl Preprocessor for Given {
+    fn settings(&self) -> Value {
+        json!({ "given": self.classes })
+    }
+
+    fn examples(&self, record: &Value) -> Result<Vec<Example>, String> {
+        let column = |name: &str| -> Result<Vec<i32>, String> {
+            let list = record.get(name).and_then(Value::as_array).ok_or_else(|| format!("has no `{name}`"))?;
+            Ok(list.iter().filter_map(Value::as_i64).map(|id| id as i32).collect())
+        };
+        let example = Example::default().with("input_ids", column("input_ids")?);
+        Ok(vec![example.with("labels", column("labels")?)])
+    }
+}
+
+impl Objective for Given {
+    fn collate(&self, rows: &[Row], _: Draw) -> Batch {
+        let labels = |row: &Row| -> Vec<i64> {
+            let labels = row.example.ints("labels").unwrap_or_default();
+            labels.iter().map(|label| i64::from(*label)).collect()
+        };
+        let mut labels: Vec<_> = rows.iter().map(labels).collect();
+        let batch = Batch::padded(rows, PADDING);
+        if self.classes {
+            return batch.with_labels(Targets::Classes(labels.iter().map(|labels| labels[0]).collect()));
+        }
+        PADDING.fill(&mut labels, IGNORED);
+        batch.with_labels(Targets::Tokens(labels))
+    }
+}
+
+/// The examples of a file.
+pub fn dataset(path: &Path, given: Given, cache: &Path) -> Dataset {
+    let options = CacheOptions {
+        folder: cache.to_path_buf(),
+        sample_by: SampleBy::Line,
+        bad_data: oxiformers_data::BadData::Stop,
+        max_records: None,
+    };
+    let file = DataFile::new(path, None).expect("data");
+    let cache = prepare(&[file], &given, &options, &mut |_| std::ops::ControlFlow::Continue(()));
+    Dataset::new(cache.expect("cache"))
+}
+
+/// The arguments of a fixture, changed.
+pub fn arguments(name: &str, output: &Path, changes: Value) -> TrainingArguments {
+    let text = std::fs::read(fixture(name).join("arguments.json")).expect("arguments");
+    let mut map: Map<String, Value> = serde_json::from_slice(&text).expect("arguments");
+    map.insert("output_dir".to_string(), json!(output));
+    if let Value::Object(changes) = changes {
+        map.extend(changes);
+    }
+    TrainingArguments::from_json(map).expect("arguments")
+}
+
+/// The files of a fixture, its parameters to be, and how it is loaded and saved.
+pub fn open(name: &str) -> (ModelFiles, Arc<Parameters>, LoadOptions, ModelSaver) {
+    let files = ModelFiles::from_dir(&fixture(name)).expect("fixture");
+    let parameters = Arc::new(Parameters::all());
+    let options = LoadOptions {
+        device: Device::flex().autodiff(),
+        parameters: Some(parameters.clone()),
+        ..LoadOptions::default()
+    };
+    let saver = ModelSaver {
+        config: AutoConfig::from_files(&files).expect("config").json,
+        files: None,
+        dtype: DType::F32,
+    };
+    (files, parameters, options, saver)
+}
