@@ -69,7 +69,7 @@ pub enum Init {
 /// How parameters are held.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Where they live. With automatic differentiation (`Device::autodiff`), floats are tracked.
+    /// Where they live.
     pub device: Device,
     /// Their float type; `None` keeps matrices as stored (packed or 16-bit) where the device multiplies
     /// with them directly, and computes in f32.
@@ -486,30 +486,6 @@ impl Weights {
             .find_map(|adapter| adapter.replacement(&names, stored))
     }
 
-    /// A dense parameter that is stored in another shape.
-    pub fn param_as<const S: usize, const D: usize>(
-        &self,
-        name: &str,
-        stored: [usize; S],
-        shape: [usize; D],
-        init: Init,
-    ) -> Result<Param<Tensor<D>>> {
-        let full = self.full(name);
-        let tensor = match self.take(&full, &stored)? {
-            Some(view) => self.dense::<S>(&full, &view)?.reshape(shape),
-            None => self.fresh(shape, init),
-        };
-        let param = self.register(full, tensor);
-        if let Some(parameters) = &self.shared.options.parameters {
-            let slot = Slot {
-                strides: Slot::whole("", &shape).strides,
-                ..Slot::whole(self.full(name), &stored)
-            };
-            parameters.lies(param.id, slot);
-        }
-        Ok(param)
-    }
-
     /// Takes note that the matrix is no mere table: there will be products with it.
     pub(crate) fn will_multiply(&self, matrix: &Matrix) {
         lock(&self.shared.products).extend(matrix.as_packed().map(Arc::downgrade));
@@ -581,7 +557,7 @@ impl Weights {
         let values = Tensor::<2>::from_data(values, &Device::flex())
             .transpose()
             .into_data();
-        let values = TensorView {
+        let turned = TensorView {
             dtype: DType::F32,
             shape: shape.to_vec(),
             data: values.bytes().to_vec().into(),
@@ -604,9 +580,9 @@ impl Weights {
         (0..shape[0])
             .map(|i| {
                 let data = view.data.slice(i * size..(i + 1) * size);
-                let values = TensorView {
+                let part = TensorView {
                     dtype: view.dtype,
-                    shape: vec![rows, columns],
+                    shape: vec![shape[1], shape[2]],
                     data,
                 };
                 self.matrix_from(&format!("{full}.{i}"), slot(i), part)
@@ -641,14 +617,6 @@ impl Weights {
 
     fn fresh_matrix(&self, full: &str, slot: &Slot, shape: [usize; 2]) -> Matrix {
         self.dense_matrix(full, slot, self.fresh(full, shape, Init::Normal))
-    }
-
-    /// The same matrix, of which is known where its values lie in the checkpoint.
-    pub fn lies(&self, matrix: Matrix, slot: Slot) -> Matrix {
-        if let (Some(parameters), Some(id)) = (&self.shared.options.parameters, matrix.param_id()) {
-            parameters.lies(id, slot);
-        }
-        matrix
     }
 
     /// Marks stored tensors as known, though nothing is made of them.
@@ -711,8 +679,7 @@ impl Weights {
         Ok(std::mem::take(&mut *lock(&self.shared.params)))
     }
 
-    /// The whole name of `name` at this place.
-    pub fn full(&self, name: &str) -> String {
+    pub(crate) fn full(&self, name: &str) -> String {
         match (self.prefix.as_str(), name) {
             ("", name) => name.to_string(),
             (prefix, "") => prefix.to_string(),
@@ -882,8 +849,6 @@ impl Weights {
         if let Some(matrix) = self.quantized(full, &view, dtype)? {
             return Ok(matrix);
         }
-        // What is to be trained must be floats in a tensor.
-        let floats = matches!(view.dtype, DType::F32 | DType::F16 | DType::BF16);
         if self.packs()
             && !(self.is_trained(full) && self.shared.options.adapters.is_empty())
             && let Some(packed) = oxiformers_quant::pack(&view)
@@ -918,11 +883,6 @@ impl Weights {
     fn dense_matrix(&self, full: &str, slot: &Slot, tensor: Tensor<2>) -> Matrix {
         let observer = self.shared.options.observer.as_ref();
         Matrix::dense(self.register(full, slot, tensor)).observed(full, observer)
-    }
-
-    /// Whether the model's own parameters are trained.
-    fn trains(&self) -> bool {
-        self.device().is_autodiff() && self.shared.options.adapters.is_empty()
     }
 
     /// Whether matrices are kept in a form that products on the CPU read.
