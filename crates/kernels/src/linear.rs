@@ -172,7 +172,11 @@ fn products(x: &[f32], in_features: usize, operands: &[Operand], act: Option<Act
     let int8: Vec<_> = operands.iter().filter_map(Operand::int8).collect();
     let whole = operands.iter().filter(|operand| operand.takes_int8()).count();
     if int8.len() == operands.len() && [0, int8.len()].contains(&whole) {
-        let matmul = if whole > 0 { int8::matmul_whole } else { int8::matmul };
+        let matmul = if whole > 0 {
+            int8::matmul_whole
+        } else {
+            int8::matmul
+        };
         let mut outs = matmul(x, in_features, &int8);
         for (operand, out) in operands.iter().zip(&mut outs) {
             finish(out, operand, act);

@@ -71,8 +71,8 @@ impl AutoConfig {
                 "`{field}` is {number}, more than anything in a model can be"
             )));
         }
-        let quantization = Recipe::of_model(&json)
-            .map_err(|error| bad(format!("`quantization_config`: {error}")))?;
+        let quantization =
+            Recipe::of_model(&json).map_err(|error| bad(format!("`quantization_config`: {error}")))?;
         // Fields written as null mean their default.
         let mut fields = json.clone();
         if let Value::Object(map) = &mut fields {

@@ -5,9 +5,9 @@ use oxiformers_hub::checkpoint::Checkpoint;
 use oxiformers_nn::SurveyedMatrix;
 use serde_json::Value;
 
+use crate::AutoConfig;
 use crate::error::Result;
 use crate::registry::Kind;
-use crate::AutoConfig;
 
 /// Tokens of a prompt that run at a time.
 const PREFILL: usize = 512;
@@ -43,7 +43,13 @@ impl Memory {
             .quantization
             .iter()
             .flat_map(|recipe| recipe.stored(""))
-            .flat_map(|scheme| scheme.endings().iter().map(|ending| ending.to_string()).collect::<Vec<_>>())
+            .flat_map(|scheme| {
+                scheme
+                    .endings()
+                    .iter()
+                    .map(|ending| ending.to_string())
+                    .collect::<Vec<_>>()
+            })
             .filter(|ending| ending != ".weight")
             .collect();
         // Norms and biases become f32.
@@ -82,7 +88,8 @@ impl Memory {
 
     /// Keys and values of so many sequences of so many tokens, as f32.
     pub fn cache(&self, context: usize, batch: usize) -> usize {
-        let layer = |layer: &LayerCache| layer.per_token * layer.window.map_or(context, |window| window.min(context));
+        let layer =
+            |layer: &LayerCache| layer.per_token * layer.window.map_or(context, |window| window.min(context));
         batch * self.layers.iter().map(layer).sum::<usize>()
     }
 
@@ -109,16 +116,39 @@ fn field(config: &Value, names: &[&str]) -> Option<usize> {
 
 impl Widths {
     fn of(config: &Value) -> Option<Self> {
-        let layers = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"];
+        let layers = [
+            "num_hidden_layers",
+            "n_layer",
+            "n_layers",
+            "num_layers",
+            "decoder_layers",
+        ];
         let layers = field(config, &layers)?;
-        let heads = field(config, &["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"])?;
+        let heads = field(
+            config,
+            &[
+                "num_attention_heads",
+                "n_head",
+                "n_heads",
+                "num_heads",
+                "decoder_attention_heads",
+            ],
+        )?;
         let hidden = field(config, &["hidden_size", "n_embd", "d_model", "dim"])?;
         let kv_heads = match config.get("multi_query").and_then(Value::as_bool) {
             Some(true) => 1,
             _ => field(config, &["num_key_value_heads", "num_kv_heads"]).unwrap_or(heads),
         };
         let head_dim = field(config, &["head_dim", "d_kv"]).or_else(|| hidden.checked_div(heads))?;
-        let inner = ["intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "hidden_dim"];
+        let inner = [
+            "intermediate_size",
+            "n_inner",
+            "d_ff",
+            "ffn_dim",
+            "ffn_hidden_size",
+            "decoder_ffn_dim",
+            "hidden_dim",
+        ];
         // Latent attention keeps what keys and values are made of.
         let latent = field(config, &["kv_lora_rank"])
             .map(|rank| rank + field(config, &["qk_rope_head_dim"]).unwrap_or(0));

@@ -449,9 +449,12 @@ pub(crate) fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32
 /// would expect them quantized.
 fn say_what_is_kept(recipe: &mut Recipe, matrices: &[SurveyedMatrix]) {
     let outputs = matrices.iter().filter(|matrix| matrix.role == Role::Output);
-    recipe
-        .config
-        .keep_outputs(outputs.map(|matrix| matrix.module().to_string()).collect());
+    let mut outputs: Vec<String> = outputs.map(|matrix| matrix.module().to_string()).collect();
+    if outputs.is_empty() {
+        // One that shares the table of embeddings is a linear layer all the same.
+        outputs.push("lm_head".to_string());
+    }
+    recipe.config.keep_outputs(outputs);
 }
 
 /// Whether a file belongs to a model besides its weights and `config.json`.

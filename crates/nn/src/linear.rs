@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use oxiformers_kernels::{
-    Activation, PackedMatrix, Weight, feed_forward, int8_activations, linear, linears,
-};
+use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, int8_activations, linear, linears};
 
 use crate::adapter::{Active, AdapterLayer};
 use crate::{Error, Init, Lambda, Result, RmsNorm, TargetKind, Weights};

@@ -38,7 +38,11 @@ impl Lambda {
 
     /// Sets the number for all clones; what is below 0 or above 1 counts as these.
     pub fn set(&self, lambda: f32) {
-        let lambda = if lambda.is_nan() { 1.0 } else { lambda.clamp(0.0, 1.0) };
+        let lambda = if lambda.is_nan() {
+            1.0
+        } else {
+            lambda.clamp(0.0, 1.0)
+        };
         self.0.store(lambda.to_bits(), Ordering::Relaxed);
     }
 
@@ -48,7 +52,11 @@ impl Lambda {
     }
 
     /// `x + λ (quantized − x)`, whose gradient is that of `x`.
-    fn toward<const D: usize>(&self, x: Tensor<D>, quantized: impl FnOnce(Tensor<D>) -> Tensor<D>) -> Tensor<D> {
+    fn toward<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        quantized: impl FnOnce(Tensor<D>) -> Tensor<D>,
+    ) -> Tensor<D> {
         let plain = x.clone().detach();
         let difference = quantized(plain.clone()) - plain;
         x + difference * self.get()
@@ -67,7 +75,13 @@ impl Lambda {
 
 /// Weights that become -1, 0 or 1 times one scale: the mean of their absolute values, 1e-5 at least.
 pub fn ternary_weights(weight: Tensor<2>) -> Tensor<2> {
-    let scale = weight.clone().abs().mean().clamp_min(1e-5).recip().reshape([1, 1]);
+    let scale = weight
+        .clone()
+        .abs()
+        .mean()
+        .clamp_min(1e-5)
+        .recip()
+        .reshape([1, 1]);
     (weight * scale.clone()).round().clamp(-1.0, 1.0) / scale
 }
 

@@ -74,7 +74,7 @@ fn layer(options: LoadOptions) -> Linear {
         ..options
     };
     let w = Weights::new(Layer, "", options).stored_as(Some(&Recipe::from(config)));
-    let layer = Linear::load(&w.pp("fc"), 8, 6, true).unwrap();
+    let layer = Linear::load(&w.pp("fc"), 8, 8, true).unwrap();
     w.finish().unwrap();
     layer
 }
@@ -98,10 +98,17 @@ fn outputs_and_gradients_equal_pytorch() {
         let y = layer.forward(x.clone());
         assert!(worst(y.clone().inner(), &format!("y.{name}")) < 1e-5, "{name}");
         let gradients = (y * tensor("out")).sum().backward();
-        assert!(worst(x.grad(&gradients).unwrap(), &format!("grad.x.{name}")) < 1e-5, "{name}");
+        assert!(
+            worst(x.grad(&gradients).unwrap(), &format!("grad.x.{name}")) < 1e-5,
+            "{name}"
+        );
         let weight = layer.weight.values().unwrap().grad(&gradients).unwrap();
         assert!(worst(weight, &format!("grad.weight.{name}")) < 1e-5, "{name}");
-        let norm = layer.weight.input().and_then(|input| input.norm.as_ref()).unwrap();
+        let norm = layer
+            .weight
+            .input()
+            .and_then(|input| input.norm.as_ref())
+            .unwrap();
         let norm = norm.weight.as_ref().unwrap().val().grad(&gradients).unwrap();
         assert!(worst(norm, &format!("grad.norm.{name}")) < 1e-5, "{name}");
     }
@@ -119,4 +126,3 @@ fn trained_as_loaded() {
     let [a, b] = outputs.map(Tensor::inner);
     assert!((a - b).abs().max().into_scalar::<f32>() < 1e-5);
 }
-

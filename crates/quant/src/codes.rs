@@ -139,17 +139,9 @@ pub(crate) fn dequantize(from: &dyn CodeRows, rows: Range<usize>, dst: &mut [f32
     let mut scales = vec![0.0; groups];
     let mut shifts = vec![0.0; if layout.has_shifts() { groups } else { 0 }];
     // In the order of the codes, where that is not the order of columns.
-    let mut sorted = vec![
-        0.0;
-        if from.permutation().is_some() {
-            cols
-        } else {
-            0
-        }
-    ];
+    let mut sorted = vec![0.0; if from.permutation().is_some() { cols } else { 0 }];
     for (row, dst) in rows.zip(dst.chunks_exact_mut(cols.max(1))) {
-        from
-            .unpack(row..row + 1, &mut codes, &mut scales, &mut shifts);
+        from.unpack(row..row + 1, &mut codes, &mut scales, &mut shifts);
         let values = if sorted.is_empty() { &mut *dst } else { &mut sorted };
         let group = layout.group.clamp(1, cols.max(1));
         let each = codes.chunks(group).zip(values.chunks_mut(group)).zip(&scales);
@@ -157,15 +149,11 @@ pub(crate) fn dequantize(from: &dyn CodeRows, rows: Range<usize>, dst: &mut [f32
             let shift = shifts.get(index).copied().unwrap_or_default();
             let all = codes.iter().zip(values);
             match (layout.table, layout.shift) {
-                (Some(table), _) => {
-                    all.for_each(|(code, to)| *to = scale * table[usize::from(*code & 15)])
-                }
+                (Some(table), _) => all.for_each(|(code, to)| *to = scale * table[usize::from(*code & 15)]),
                 (None, Shift::Offset(offset)) => {
                     all.for_each(|(code, to)| *to = scale * (i32::from(*code) - offset) as f32);
                 }
-                (None, Shift::Zeros) => {
-                    all.for_each(|(code, to)| *to = scale * (f32::from(*code) - shift))
-                }
+                (None, Shift::Zeros) => all.for_each(|(code, to)| *to = scale * (f32::from(*code) - shift)),
                 (None, Shift::Mins) => all.for_each(|(code, to)| *to = scale * f32::from(*code) + shift),
             }
         }

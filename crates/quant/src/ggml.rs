@@ -54,7 +54,10 @@ impl PackedMatrix for GgmlMatrix {
     }
 
     fn held_bytes(&self) -> usize {
-        Int8Matrix::bytes_of(self.shape, GgmlRows::new(self.ty, self.shape, &self.data).layout())
+        Int8Matrix::bytes_of(
+            self.shape,
+            GgmlRows::new(self.ty, self.shape, &self.data).layout(),
+        )
     }
 
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {

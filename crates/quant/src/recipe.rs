@@ -44,9 +44,15 @@ impl Recipe {
             return Ok(None);
         };
         let overrides = json.as_object_mut().and_then(|fields| fields.remove(OVERRIDES));
-        let wrong = || ConfigError(format!("`{OVERRIDES}` is no list of objects with a `pattern` and a `config`"));
+        let wrong = || {
+            ConfigError(format!(
+                "`{OVERRIDES}` is no list of objects with a `pattern` and a `config`"
+            ))
+        };
         let mut recipe = Self::from(QuantizationConfig::from_json(&json)?);
-        for each in overrides.as_ref().map_or(Ok(&[][..]), |all| all.as_array().map(Vec::as_slice).ok_or_else(wrong))? {
+        for each in overrides.as_ref().map_or(Ok(&[][..]), |all| {
+            all.as_array().map(Vec::as_slice).ok_or_else(wrong)
+        })? {
             let pattern = each.get("pattern").and_then(Value::as_str).ok_or_else(wrong)?;
             matches(pattern, "").map_err(ConfigError)?;
             let config = match each.get("config") {

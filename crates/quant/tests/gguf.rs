@@ -104,7 +104,8 @@ fn gguf(name: &str, pairs: &Pairs, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> 
     let mut bytes = Vec::new();
     write(&mut bytes, name, pairs, &infos, |index, out| {
         let values = tensors[index].2.iter().flat_map(|value| value.to_le_bytes());
-        out.write_all(&values.collect::<Vec<u8>>()).map_err(Error::io(name))
+        out.write_all(&values.collect::<Vec<u8>>())
+            .map_err(Error::io(name))
     })
     .unwrap();
     ModelFiles::from_memory(name, [(name.to_string(), bytes.into())])
@@ -141,7 +142,14 @@ fn errors_count_by_importance() {
     let means: Vec<f32> = (sums.chunks(512).zip(&counts))
         .flat_map(|(sums, count)| sums.iter().map(move |sum| sum / count))
         .collect();
-    for ty in [FileType::Q2_K, FileType::Q4_K_S, FileType::Q5_K_S, FileType::Q6_K, FileType::Q4_0, FileType::IQ4_XS] {
+    for ty in [
+        FileType::Q2_K,
+        FileType::Q4_K_S,
+        FileType::Q5_K_S,
+        FileType::Q6_K,
+        FileType::Q4_0,
+        FileType::IQ4_XS,
+    ] {
         let quantized = |importance: Option<ImportanceMatrix>| {
             let has = importance.is_some();
             let plan = Plan::new(checkpoint.clone(), ty, &[], importance).unwrap();
@@ -154,7 +162,9 @@ fn errors_count_by_importance() {
             written.tensor("blk.0.ffn_up_exps.weight").unwrap()
         };
         let (with, without) = (quantized(Some(importance.clone())), quantized(None));
-        let DType::Ggml(block) = with.dtype else { panic!("{ty:?}") };
+        let DType::Ggml(block) = with.dtype else {
+            panic!("{ty:?}")
+        };
         let mut expected = Vec::new();
         for (values, means) in values.chunks(8 * 512).zip(means.chunks(512)) {
             let mut bytes = vec![0; values.len() / block.block_size() * block.type_size()];
@@ -164,11 +174,14 @@ fn errors_count_by_importance() {
         assert!(with.data == expected, "{ty:?}");
         let error = |view: &oxiformers_hub::checkpoint::TensorView| -> f64 {
             let mut found = vec![0.0; values.len()];
-            let DType::Ggml(block) = view.dtype else { panic!("{ty:?}") };
+            let DType::Ggml(block) = view.dtype else {
+                panic!("{ty:?}")
+            };
             ggml::dequantize(block, &view.data, &mut found).unwrap();
             let weight = |at: usize| f64::from(means[at / (8 * 512) * 512 + at % 512]);
             let each = found.iter().zip(&values).enumerate();
-            each.map(|(at, (a, b))| weight(at) * f64::from(a - b).powi(2)).sum()
+            each.map(|(at, (a, b))| weight(at) * f64::from(a - b).powi(2))
+                .sum()
         };
         if with.dtype == without.dtype {
             assert!(error(&with) < 0.95 * error(&without), "{ty:?}");
@@ -186,18 +199,36 @@ fn importance_that_does_not_fit_is_named() {
         ]
     };
     let importance = ImportanceMatrix::open(&imatrix(&entry(vec![1.0; 128]))).unwrap();
-    let files = file(&pairs("llama", &BTreeMap::new()), &[(name.to_string(), vec![4, 256])], 1.0);
+    let files = file(
+        &pairs("llama", &BTreeMap::new()),
+        &[(name.to_string(), vec![4, 256])],
+        1.0,
+    );
     let plan = |importance| {
-        Plan::new(Checkpoint::open(&files).unwrap(), FileType::Q4_K_M, &[], Some(importance)).map(drop)
+        Plan::new(
+            Checkpoint::open(&files).unwrap(),
+            FileType::Q4_K_M,
+            &[],
+            Some(importance),
+        )
+        .map(drop)
     };
     let error = plan(importance).unwrap_err().to_string();
-    assert!(error.contains("imatrix.gguf") && error.contains(name) && error.contains("128"), "{error}");
+    assert!(
+        error.contains("imatrix.gguf") && error.contains(name) && error.contains("128"),
+        "{error}"
+    );
     for bad in [-1.0, f32::NAN, f32::INFINITY] {
-        let error = ImportanceMatrix::open(&imatrix(&entry(vec![bad; 256]))).unwrap_err().to_string();
+        let error = ImportanceMatrix::open(&imatrix(&entry(vec![bad; 256])))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("imatrix.gguf") && error.contains(name), "{error}");
     }
     let error = ImportanceMatrix::open(&files).unwrap_err().to_string();
-    assert!(error.contains("model.gguf") && error.contains("imatrix"), "{error}");
+    assert!(
+        error.contains("model.gguf") && error.contains("imatrix"),
+        "{error}"
+    );
     assert!(ImportanceMatrix::open(&imatrix(&[])).is_err());
 }
 

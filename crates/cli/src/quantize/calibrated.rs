@@ -6,9 +6,7 @@ use anyhow::{Context, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use oxiformers::Tokenizer;
 use oxiformers::hub::ModelFiles;
-use oxiformers::models::calibration::{
-    self, Calibration, CalibrationError, ModuleReport, run, samples,
-};
+use oxiformers::models::calibration::{self, Calibration, CalibrationError, ModuleReport, run, samples};
 use oxiformers::nn::TensorSource;
 use oxiformers::quant::Recipe;
 use oxiformers::quant::gguf::ImportanceMatrix;

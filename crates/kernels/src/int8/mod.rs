@@ -1053,7 +1053,11 @@ mod tests {
                 }
             }
         }
-        assert!(matmul_whole(&[0.0; 64], 64, &[&matrix])[0].iter().all(|y| *y == 0.0));
+        assert!(
+            matmul_whole(&[0.0; 64], 64, &[&matrix])[0]
+                .iter()
+                .all(|y| *y == 0.0)
+        );
     }
 
     /// What was regrouped has the same codes, and scales as far as half floats have them.
@@ -1106,7 +1110,10 @@ mod tests {
                     assert!(close, "{layout:?} {a:?} {b:?}");
                 }
                 let held = Int8Matrix::bytes_of(codes.shape(), layout);
-                assert!(back.int8().num_bytes().abs_diff(held) < 64 + 4 * 2 * cols, "{layout:?}");
+                assert!(
+                    back.int8().num_bytes().abs_diff(held) < 64 + 4 * 2 * cols,
+                    "{layout:?}"
+                );
             }
         }
     }

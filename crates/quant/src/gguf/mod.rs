@@ -198,11 +198,15 @@ fn narrow(
         .ok_or_else(|| failed(format!("{} cannot be read as numbers", view.dtype.name())))?;
     let step = (PIECE / columns.max(1)).max(1);
     // Pieces end where a matrix ends.
-    let matrices = importance.map_or(1, |importance| importance.len() / columns.max(1)).max(1);
+    let matrices = importance
+        .map_or(1, |importance| importance.len() / columns.max(1))
+        .max(1);
     let whole = (rows / matrices).max(1);
     let pieces = (0..rows).step_by(whole).flat_map(|first| {
         let end = rows.min(first + whole);
-        (first..end).step_by(step).map(move |first| first..end.min(first + step))
+        (first..end)
+            .step_by(step)
+            .map(move |first| first..end.min(first + step))
     });
     let (mut values, mut bytes) = (Vec::new(), Vec::new());
     for part in pieces {
