@@ -32,7 +32,7 @@ pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
 pub use backward::{rows, split};
 pub use cached::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, cached_attention};
 pub use cross_entropy::{CrossEntropyOptions, LabelError, cross_entropy};
-pub use linear::{Weight, feed_forward, gated_feed_forward, linear, linears};
+pub use linear::{Weight, feed_forward, gated_feed_forward, int8_activations, linear, linears};
 pub use math::{argmax, softmax};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use packed::{Form, PackedMatrix, packed_rows};

@@ -226,7 +226,7 @@ impl Stored {
                     data: self.transposed(view, index, first, step),
                 },
                 Form::Mxfp4(stack) => stack.rows(Slice { index, first, step }),
-                Form::Fresh => return Ok(w.fresh_matrix_of(&name, slot, [rows / step, columns])),
+                Form::Fresh => return w.fresh_matrix_of(&name, slot, [rows / step, columns]),
             };
             w.matrix_of(&name, slot, view)
         };

@@ -150,6 +150,8 @@ pub struct Attention {
     sinks: Option<Param<Tensor<1>>>,
     /// ALiBi slopes: `[heads]`.
     alibi: Option<Tensor<1>>,
+    /// The norm of what the output projection takes.
+    out_norm: Option<RmsNorm>,
     #[module(skip)]
     config: AttentionConfig,
 }
@@ -211,6 +213,7 @@ impl Attention {
             qk_norm: None,
             sinks: None,
             alibi: None,
+            out_norm: None,
             config,
         }
     }
@@ -236,6 +239,12 @@ impl Attention {
     /// Adds attention sinks.
     pub fn with_sinks(mut self, sinks: Param<Tensor<1>>) -> Self {
         self.sinks = Some(sinks);
+        self
+    }
+
+    /// Adds a norm of what the output projection takes.
+    pub fn with_out_norm(mut self, norm: RmsNorm) -> Self {
+        self.out_norm = Some(norm);
         self
     }
 
@@ -275,6 +284,10 @@ impl Attention {
     /// What follows the attention: `[batch, seq, num_heads * head_dim]` to `[batch, seq, hidden_size]`. For architectures
     /// with an attention of their own.
     pub fn output(&self, x: Tensor<3>) -> Tensor<3> {
+        let x = match &self.out_norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        };
         training::hidden(self.o_proj.forward(x))
     }
 

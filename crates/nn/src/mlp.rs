@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use oxiformers_kernels::split;
 
 use crate::linear::Matrix;
-use crate::{Activation, Linear, Result, Weights, training};
+use crate::{Activation, Linear, Result, RmsNorm, Weights, training};
 
 /// `down(act(gate(x)) · up(x))` (Shazeer, 2020).
 #[derive(Module, Debug)]
@@ -15,6 +15,8 @@ pub struct GatedMlp {
     /// Gate and up stacked, where the checkpoint has them so.
     gate_up_proj: Option<Linear>,
     down_proj: Linear,
+    /// The norm of what `down_proj` takes.
+    inner_norm: Option<RmsNorm>,
     #[module(skip)]
     act: Activation,
 }
@@ -52,6 +54,7 @@ impl GatedMlp {
             up_proj: Some(Linear::load(&w.pp(up), hidden, intermediate, bias)?),
             gate_up_proj: None,
             down_proj: Linear::load(&w.pp(down), intermediate, hidden, bias)?,
+            inner_norm: None,
             act,
         })
     }
@@ -70,6 +73,7 @@ impl GatedMlp {
             up_proj: None,
             gate_up_proj: Some(Linear::load(&w.pp(gate_up), hidden, 2 * intermediate, bias)?),
             down_proj: Linear::load(&w.pp(down), intermediate, hidden, bias)?,
+            inner_norm: None,
             act,
         })
     }
@@ -81,6 +85,7 @@ impl GatedMlp {
             up_proj: Some(Linear::from_matrix(up)),
             gate_up_proj: None,
             down_proj: Linear::from_matrix(down),
+            inner_norm: None,
             act,
         }
     }
@@ -92,8 +97,15 @@ impl GatedMlp {
             up_proj: None,
             gate_up_proj: Some(Linear::from_matrix(gate_up)),
             down_proj: Linear::from_matrix(down),
+            inner_norm: None,
             act,
         }
+    }
+
+    /// Adds a norm of what `down_proj` takes.
+    pub fn with_inner_norm(mut self, norm: RmsNorm) -> Self {
+        self.inner_norm = Some(norm);
+        self
     }
 
     /// `[.., hidden]` to the same shape.
@@ -110,8 +122,12 @@ impl GatedMlp {
             }
             _ => return x,
         };
-        let x = training::activation(self.act.gated(gate, up));
-        training::hidden(self.down_proj.forward(x))
+        let inner = training::activation(self.act.gated(gate, up));
+        let inner = match &self.inner_norm {
+            Some(norm) => norm.forward(inner),
+            None => inner,
+        };
+        training::hidden(self.down_proj.forward(inner))
     }
 }
 

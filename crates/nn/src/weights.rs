@@ -9,13 +9,14 @@ use burn::tensor::{Device, FloatDType, Shape, Tensor, TensorData};
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
 use oxiformers_kernels::threads;
 pub use oxiformers_quant::to_f32;
-use oxiformers_quant::{PackedMatrix, QuantizationConfig, Recipe, Scheme};
+use oxiformers_quant::{PackedMatrix, Recipe};
 
 use crate::adapter::AdapterLayer;
 use crate::init::normal;
 use crate::linear::{Matrix, Observer};
 use crate::parameters::{Kind, Parameter, Parameters, Slot};
 use crate::survey::Survey;
+use crate::ternary::Lambda;
 use crate::{Adapter, Error, Result, Target, TargetKind};
 
 /// Named tensors of one model.
@@ -80,6 +81,9 @@ pub struct LoadOptions {
     /// no two are in memory as floats. Where the device does not multiply with them so, or `dtype` is given, they get
     /// the values that quantization leaves.
     pub quantization: Option<Arc<Recipe>>,
+    /// How far the forward pass quantizes, where a model is trained for a [quantization](Self::quantization) that can be
+    /// trained so: its matrices keep their values, and gradients pass straight through to them.
+    pub straight_through: Option<Lambda>,
     /// Who is told which matrices a model is made of. What is loaded with it can be described, but not run.
     pub survey: Option<Arc<Survey>>,
     /// Adapters, in the order in which they are applied. Where there are any, the model's own parameters are not trained,
@@ -103,6 +107,7 @@ impl Default for LoadOptions {
             dtype: None,
             observer: None,
             quantization: None,
+            straight_through: None,
             survey: None,
             adapters: Vec::new(),
             parameters: None,
@@ -135,7 +140,7 @@ pub(crate) struct Shared {
     pub(crate) source: Option<Box<dyn TensorSource>>,
     pub(crate) options: LoadOptions,
     /// How modules are stored that are not stored as they are.
-    pub(crate) schemes: Vec<Arc<dyn Scheme>>,
+    pub(crate) stored_as: Option<Recipe>,
     initializer_range: f64,
     base_prefix: String,
     pub(crate) used: Mutex<BTreeSet<String>>,
@@ -175,12 +180,12 @@ impl Weights {
 
     /// The same checkpoint, whose modules are stored as its configuration says.
     #[must_use]
-    pub fn stored_as(mut self, config: Option<&QuantizationConfig>) -> Self {
-        if let (Some(config), Some(shared)) = (config, Arc::get_mut(&mut self.shared)) {
-            if config.on_load() {
-                shared.options.quantization = Some(Arc::new(Recipe::from(config.clone())));
+    pub fn stored_as(mut self, recipe: Option<&Recipe>) -> Self {
+        if let (Some(recipe), Some(shared)) = (recipe, Arc::get_mut(&mut self.shared)) {
+            if recipe.on_load() {
+                shared.options.quantization = Some(Arc::new(recipe.clone()));
             } else {
-                shared.schemes = config.stored();
+                shared.stored_as = Some(recipe.clone());
             }
         }
         self
@@ -201,7 +206,7 @@ impl Weights {
             shared: Arc::new(Shared {
                 source,
                 options,
-                schemes: Vec::new(),
+                stored_as: None,
                 initializer_range,
                 base_prefix,
                 used: Mutex::default(),
@@ -517,7 +522,7 @@ impl Weights {
         let slot = Slot::whole(&full, &shape);
         match self.take(&full, &shape)? {
             Some(view) => self.matrix_from(&full, slot, view),
-            None => Ok(self.fresh_matrix(&full, &slot, shape)),
+            None => self.fresh_matrix(&full, &slot, shape),
         }
     }
 
@@ -541,7 +546,7 @@ impl Weights {
         }
         let stored = if turned { shape } else { [in_features, out_features] };
         let Some(mut view) = self.take(&full, &stored)? else {
-            return Ok(self.fresh_matrix(&full, &slot, shape));
+            return self.fresh_matrix(&full, &slot, shape);
         };
         if turned {
             return self.matrix_from(&full, slot, view);
@@ -574,7 +579,7 @@ impl Weights {
         let slot = |i| Slot::part(&full, i, &shape);
         let Some(view) = self.take(&full, &shape)? else {
             let fresh = |i| self.fresh_matrix(&format!("{full}.{i}"), &slot(i), [shape[1], shape[2]]);
-            return Ok((0..shape[0]).map(fresh).collect());
+            return (0..shape[0]).map(fresh).collect();
         };
         let size = view.data.len() / shape[0].max(1);
         (0..shape[0])
@@ -610,12 +615,12 @@ impl Weights {
     }
 
     /// The same for fresh parameters.
-    pub fn fresh_matrix_of(&self, name: &str, slot: Slot, shape: [usize; 2]) -> Matrix {
+    pub fn fresh_matrix_of(&self, name: &str, slot: Slot, shape: [usize; 2]) -> Result<Matrix> {
         let tensor = self.full(&slot.tensor);
         self.fresh_matrix(&self.full(name), &Slot { tensor, ..slot }, shape)
     }
 
-    fn fresh_matrix(&self, full: &str, slot: &Slot, shape: [usize; 2]) -> Matrix {
+    fn fresh_matrix(&self, full: &str, slot: &Slot, shape: [usize; 2]) -> Result<Matrix> {
         self.dense_matrix(full, slot, self.fresh(full, shape, Init::Normal))
     }
 
@@ -846,17 +851,19 @@ impl Weights {
 
     /// A matrix of values that the checkpoint has as `dtype`.
     fn matrix_stored_as(&self, full: &str, slot: Slot, view: TensorView, dtype: DType) -> Result<Matrix> {
-        if let Some(matrix) = self.quantized(full, &view, dtype)? {
+        let ternary = self.trains(full)?.is_some();
+        if !ternary && let Some(matrix) = self.quantized(full, &view, dtype)? {
             return Ok(matrix);
         }
-        if self.packs()
+        if !ternary
+            && self.packs()
             && !(self.is_trained(full) && self.shared.options.adapters.is_empty())
             && let Some(packed) = oxiformers_quant::pack(&view)
         {
             return self.packed_matrix(full.to_string(), packed);
         }
         let tensor = self.dense(full, &view)?;
-        Ok(self.dense_matrix(full, &slot, tensor))
+        self.dense_matrix(full, &slot, tensor)
     }
 
     /// A matrix in a form that is multiplied so where the device can.
@@ -880,13 +887,14 @@ impl Weights {
         Ok(Matrix::dense(values).observed(&full, observer))
     }
 
-    fn dense_matrix(&self, full: &str, slot: &Slot, tensor: Tensor<2>) -> Matrix {
+    fn dense_matrix(&self, full: &str, slot: &Slot, tensor: Tensor<2>) -> Result<Matrix> {
         let observer = self.shared.options.observer.as_ref();
-        Matrix::dense(self.register(full, slot, tensor)).observed(full, observer)
+        let matrix = Matrix::dense(self.register(full, slot, tensor)).observed(full, observer);
+        self.trained(full, matrix)
     }
 
     /// Whether matrices are kept in a form that products on the CPU read.
-    fn packs(&self) -> bool {
+    pub(crate) fn packs(&self) -> bool {
         let options = &self.shared.options;
         let flex = Device::flex();
         // Where only adapters are trained, nothing else needs to be floats.

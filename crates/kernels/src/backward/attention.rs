@@ -117,7 +117,7 @@ struct Tensors {
 }
 
 impl Tensors {
-    fn flash<'a>(&'a self, kept: Option<&'a Output>) -> Flash<'a> {
+    fn flash<'a>(&'a self, kept: Option<&'a Output>) -> Flash<'a, View<'a>> {
         let [q, k, v] = self.qkv.each_ref().map(flex::view);
         let all = [q.dims[0], q.dims[1], q.dims[2], k.dims[2]];
         Flash {
@@ -136,7 +136,7 @@ impl Tensors {
 }
 
 struct Gradients<'a> {
-    flash: Flash<'a>,
+    flash: Flash<'a, View<'a>>,
     /// `[batch, heads, seq, 2]`: the largest score of a row, and 1 divided by the sum of its weights.
     rows: &'a [f32],
     /// The result and its gradient: `[batch, seq, heads * value_dim]`.
