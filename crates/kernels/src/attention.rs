@@ -341,9 +341,10 @@ mod tests {
 
     #[test]
     fn segments_like_the_reference() {
-        let starts = |cuts: &[usize]| (0..90).map(|at| cuts.iter().rev().find(|cut| **cut <= at).map_or(0, |cut| *cut));
+        let start_of = |cuts: &[usize], at: usize| cuts.iter().rev().find(|cut| **cut <= at).map_or(0, |cut| *cut);
+        let starts = |cuts: &[usize]| (0..90).map(|at| start_of(cuts, at)).collect::<Vec<usize>>();
         let mask = Mask::new(Visible::Segments {
-            starts: vec![starts(&[0, 3, 40, 41]).collect(), starts(&[0, 70]).collect()],
+            starts: vec![starts(&[0, 3, 40, 41]), starts(&[0, 70])],
             window: None,
         });
         let qkv = || [noise(1, [2, 4, 90, 16]), noise(2, [2, 2, 90, 16]), noise(3, [2, 2, 90, 16])];

@@ -160,7 +160,7 @@ impl Matrix {
     }
 
     /// The values, if they are held as a tensor.
-    pub fn values(&self) -> Option<Tensor<2>> {
+    pub fn dense_values(&self) -> Option<Tensor<2>> {
         self.dense.as_ref().map(Param::val)
     }
 
