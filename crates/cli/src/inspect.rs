@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use indicatif::{DecimalBytes, HumanCount};
 use oxiformers::hub::checkpoint::Checkpoint;
 use oxiformers::models::registry::Kind;
+use oxiformers::peft::Adapter;
 use oxiformers::{AutoConfig, ChatTemplate, Tokenizer};
 use serde_json::{Value, json};
 
@@ -14,6 +15,9 @@ use crate::session;
 
 pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
     let files = session::files(Some(&args.model))?;
+    if Adapter::is_adapter(&files) {
+        return crate::adapter::inspect(&files, args.json, args.tensors);
+    }
     let config = AutoConfig::from_files(&files)?;
     let checkpoint = Checkpoint::open(&files)?;
     let tokenizer = Tokenizer::from_files(&files);

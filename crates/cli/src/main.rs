@@ -1,5 +1,6 @@
 //! The oxiformers command.
 
+mod adapter;
 mod args;
 mod bench;
 mod chat;
@@ -74,6 +75,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Bench(args) => bench::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Adapter(command) => adapter::run(&command),
         Command::Download(args) => hub::download(&args),
         Command::Cache(command) => hub::cache(&command),
         Command::Env(args) => env::run(&args),

@@ -13,6 +13,7 @@ use oxiformers_quant::{PackedMatrix, QuantizationConfig, Recipe, Scheme};
 
 use crate::adapter::AdapterLayer;
 use crate::linear::{Matrix, Observer};
+use crate::prompt::Prompt;
 use crate::survey::Survey;
 use crate::{Adapter, Error, Result, Target, TargetKind};
 
@@ -83,6 +84,8 @@ pub struct LoadOptions {
     /// Adapters, in the order in which they are applied. Where there are any, the model's own parameters are not trained,
     /// and on the CPU its matrices stay packed under autodiff, too.
     pub adapters: Vec<Arc<dyn Adapter>>,
+    /// Whether adapters are merged into the weights, which are floats then. They cannot be switched any more.
+    pub merge_adapters: bool,
 }
 
 impl Default for LoadOptions {
@@ -94,6 +97,7 @@ impl Default for LoadOptions {
             quantization: None,
             survey: None,
             adapters: Vec::new(),
+            merge_adapters: false,
         }
     }
 }
@@ -302,33 +306,73 @@ impl Weights {
         self.register(name, tensor).set_require_grad(trained)
     }
 
-    /// The matrix of the module at this place with the parts that adapters have of it.
+    /// The matrix and the bias of the module at this place with the parts that adapters have of it: beside the matrix, or
+    /// merged into it.
     pub(crate) fn adapt(
         &self,
         matrix: Matrix,
-        bias: Option<&Param<Tensor<1>>>,
+        bias: Option<Param<Tensor<1>>>,
         kind: TargetKind,
-    ) -> Result<Matrix> {
-        let adapters = &self.shared.options.adapters;
-        if adapters.is_empty() || self.shared.options.survey.is_some() {
-            return Ok(matrix);
+    ) -> Result<(Matrix, Option<Param<Tensor<1>>>)> {
+        let options = &self.shared.options;
+        if options.adapters.is_empty() || options.survey.is_some() {
+            return Ok((matrix, bias));
         }
         let target = Target {
             names: self.names_of(&self.prefix),
             kind,
             matrix: &matrix,
-            bias,
+            bias: bias.as_ref(),
         };
+        let layers = self.adapter_layers(&target)?;
+        let matrix = matrix.with_adapters(layers);
+        if !options.merge_adapters || matrix.adapters().is_empty() {
+            return Ok((matrix, bias));
+        }
+        let (weight, bias) = matrix.merged(bias.map(|bias| bias.val()), self.device());
+        let full = self.full("weight");
+        let shape = weight.dims().to_vec();
+        let view = TensorView {
+            dtype: DType::F32,
+            shape,
+            data: weight.into_data().convert::<f32>().bytes().to_vec().into(),
+        };
+        let bias = bias.map(|bias| self.register(self.full("bias"), bias));
+        Ok((self.matrix_from(full, view)?, bias))
+    }
+
+    /// Whether adapters become part of the weights.
+    pub(crate) fn merges_adapters(&self) -> bool {
+        self.shared.options.merge_adapters && !self.shared.options.adapters.is_empty()
+    }
+
+    /// The virtual tokens that adapters bring.
+    pub(crate) fn prompts(&self, width: usize, layers: usize) -> Result<Vec<Prompt>> {
+        let options = &self.shared.options;
+        if options.survey.is_some() {
+            return Ok(Vec::new());
+        }
+        let prompts = options
+            .adapters
+            .iter()
+            .map(|adapter| adapter.prompt(width, layers, self));
+        prompts.filter_map(Result::transpose).collect()
+    }
+
+    /// The parts that adapters have of a module, in their order.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the module.
+    pub fn adapter_layers(&self, target: &Target) -> Result<Vec<AdapterLayer>> {
         let mut layers = Vec::new();
-        for adapter in adapters {
+        for adapter in &self.shared.options.adapters {
             let layer = |part| AdapterLayer {
                 part,
                 switch: adapter.switch().clone(),
             };
-            layers.extend(adapter.parts(&target, self)?.into_iter().map(layer));
+            layers.extend(adapter.parts(target, self)?.into_iter().map(layer));
         }
-        drop(target);
-        Ok(matrix.with_adapters(layers))
+        Ok(layers)
     }
 
     /// What adapters may take a layer here for.
