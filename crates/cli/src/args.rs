@@ -7,6 +7,7 @@ use oxiformers::Task;
 use oxiformers::hub::checkpoint::DType;
 use oxiformers::hub::checkpoint::gguf::GgmlType;
 use oxiformers::hub::checkpoint::safetensors::MAX_SHARD_SIZE;
+use oxiformers::peft::combine::{CombinationType, MajoritySign};
 use oxiformers::quant::gguf::FileType;
 use oxiformers::quant::named::NAMES;
 
@@ -41,6 +42,9 @@ pub enum Command {
     Tokenizer(TokenizerCommand),
     /// Write a model with fewer bits per weight.
     Quantize(QuantizeArgs),
+    /// Merge, combine or look at PEFT adapters.
+    #[command(subcommand)]
+    Adapter(AdapterCommand),
     /// Fetch a model into the cache.
     Download(DownloadArgs),
     /// List, verify or remove what is in the cache.
@@ -72,6 +76,9 @@ pub struct RunArgs {
         NAMES.join(", ")
     ))]
     pub quantize: Option<String>,
+    /// Put a PEFT adapter on the model, perhaps with a weight; may be repeated.
+    #[arg(long, value_name = "PATH[=WEIGHT]")]
+    pub adapter: Vec<String>,
     /// Number of CPU threads [default: one per core].
     #[arg(long, env = "OXIFORMERS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -555,6 +562,68 @@ fn tensor_type(text: &str) -> Result<(String, DType), String> {
         Some(dtype) => Ok((part.to_string(), dtype)),
         None => Err(format!("`{name}` is no type of tensor")),
     }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AdapterCommand {
+    /// Write a model with adapters merged into its weights.
+    Merge {
+        #[arg(help = MODEL_HELP)]
+        model: String,
+        /// Adapters, each PATH or PATH=WEIGHT; of a model that is an adapter's folder itself, none are needed.
+        adapters: Vec<String>,
+        /// The folder to write.
+        #[arg(short, long, value_name = "FOLDER")]
+        output: PathBuf,
+        /// Float type of the weights that change [default: as they are stored].
+        #[arg(long, value_enum, default_value = "auto")]
+        dtype: Dtype,
+        /// Write into a folder that is not empty.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Say what adapters are made of.
+    Inspect {
+        #[arg(help = MODEL_HELP)]
+        adapter: String,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+        /// List all tensors.
+        #[arg(long)]
+        tensors: bool,
+    },
+    /// Write one LoRA adapter of several, as PEFT's add_weighted_adapter does.
+    Combine {
+        /// Adapters, each PATH or PATH=WEIGHT.
+        #[arg(required = true)]
+        adapters: Vec<String>,
+        /// The folder to write.
+        #[arg(short, long, value_name = "FOLDER")]
+        output: PathBuf,
+        /// linear, cat, svd, ties, ties_svd, dare_linear, dare_linear_svd, dare_ties, dare_ties_svd, magnitude_prune or
+        /// magnitude_prune_svd.
+        #[arg(long, value_name = "TYPE", default_value = "svd")]
+        combination_type: CombinationType,
+        /// Part of the values that pruning keeps.
+        #[arg(long, value_name = "P")]
+        density: Option<f64>,
+        /// Rank of the result of an svd [default: the largest of the adapters'].
+        #[arg(long, value_name = "N")]
+        svd_rank: Option<usize>,
+        /// Quantile beyond which an svd's factors are clamped.
+        #[arg(long, value_name = "P")]
+        svd_clamp: Option<f64>,
+        /// How TIES finds the sign of a place: total or frequency.
+        #[arg(long, value_name = "METHOD", default_value = "total")]
+        majority_sign_method: MajoritySign,
+        /// What DARE draws by.
+        #[arg(long, value_name = "N", default_value = "0")]
+        seed: u64,
+        /// Write into a folder that is not empty.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(Debug, Args)]

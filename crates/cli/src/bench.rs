@@ -8,7 +8,8 @@ use indicatif::BinaryBytes;
 use oxiformers::hub::ModelFiles;
 use oxiformers::models::registry::Kind;
 use oxiformers::{
-    AutoConfig, AutoModel, CausalLM, EncoderInputs, GenerationConfig, LanguageModel, Step, block_on,
+    AutoConfig, AutoModel, CausalLM, EncoderInputs, GenerationConfig, LanguageModel, LoadOptions, Step,
+    block_on,
 };
 use serde_json::{Value, json};
 
@@ -16,12 +17,12 @@ use crate::args::{BenchArgs, CacheArgs};
 use crate::session;
 
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
-    let files = session::files(Some(&args.model))?;
+    let (files, options) = session::model(Some(&args.model), &args.run)?;
     if files.gguf().is_none() && AutoConfig::from_files(&files)?.architecture.kind() == Kind::Encoder {
-        return run_encoder(args, &files);
+        return run_encoder(args, &files, &options);
     }
     let begin = Instant::now();
-    let model = LanguageModel::from_files(&files, &session::options(&args.run)?)?;
+    let model = LanguageModel::from_files(&files, &options)?;
     let load_s = begin.elapsed().as_secs_f64();
     let most = model.max_positions().unwrap_or(usize::MAX);
 
@@ -87,9 +88,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 /// Times an encoder: whole batches of random tokens, up to the mean over each sequence.
-fn run_encoder(args: &BenchArgs, files: &ModelFiles) -> anyhow::Result<()> {
+fn run_encoder(args: &BenchArgs, files: &ModelFiles, options: &LoadOptions) -> anyhow::Result<()> {
     let begin = Instant::now();
-    let model = AutoModel::from_files(files, &session::options(&args.run)?)?;
+    let model = AutoModel::from_files(files, options)?;
     let load_s = begin.elapsed().as_secs_f64();
     let vocab = (model.config.json.get("vocab_size").and_then(Value::as_u64)).unwrap_or(1000) as usize;
 

@@ -10,7 +10,7 @@ use oxiformers::{
 };
 use serde_json::json;
 
-use crate::args::GenerateArgs;
+use crate::args::{GenerateArgs, RunArgs};
 use crate::interrupt;
 use crate::session::TextModel;
 
@@ -171,7 +171,12 @@ fn grammar(args: &GenerateArgs) -> anyhow::Result<Option<Grammar>> {
 }
 
 fn load_assistant(name: &str, args: &GenerateArgs, model: &TextModel) -> anyhow::Result<TextModel> {
-    let assistant = TextModel::load(name, &args.run)?;
+    // Adapters are those of the model.
+    let run = RunArgs {
+        adapter: Vec::new(),
+        ..args.run.clone()
+    };
+    let assistant = TextModel::load(name, &run)?;
     let probe = "The quick brown fox: 3.14, naïve 日本語\n\tend";
     if assistant.tokenizer().encode(probe, false)? != model.tokenizer().encode(probe, false)? {
         bail!(

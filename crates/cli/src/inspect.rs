@@ -10,6 +10,7 @@ use oxiformers::hub::checkpoint::Checkpoint;
 use oxiformers::models::memory::Memory;
 use oxiformers::models::quantize::survey_as;
 use oxiformers::nn::{Role, SurveyedMatrix};
+use oxiformers::peft::Adapter;
 use oxiformers::quant::{MethodOptions, QuantizationConfig, Recipe};
 use oxiformers::{AutoConfig, ChatTemplate, Tokenizer};
 use serde_json::{Value, json};
@@ -19,6 +20,9 @@ use crate::session;
 
 pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
     let files = session::files(Some(&args.model))?;
+    if Adapter::is_adapter(&files) {
+        return crate::adapter::inspect(&files, args.json, args.tensors);
+    }
     let config = AutoConfig::from_files(&files)?;
     let checkpoint = Checkpoint::open(&files)?;
     let tokenizer = Tokenizer::from_files(&files);

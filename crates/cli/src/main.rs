@@ -1,5 +1,6 @@
 //! The oxiformers command.
 
+mod adapter;
 mod args;
 mod bench;
 mod chat;
@@ -79,6 +80,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Evaluate(args) => train::evaluate(&args),
         Command::Tokenizer(command) => tokenizer::run(&command),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Adapter(command) => adapter::run(&command),
         Command::Download(args) => hub::download(&args),
         Command::Cache(command) => hub::cache(&command),
         Command::Env(args) => env::run(&args),

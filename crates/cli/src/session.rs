@@ -6,10 +6,11 @@ use anyhow::bail;
 use oxiformers::hub::{Bars, FetchOptions, ModelFiles, Source, default_chat_model, resolve};
 use oxiformers::models::registry::Kind;
 use oxiformers::nn::LoadOptions;
+use oxiformers::peft::{Adapter, Method};
 use oxiformers::quant::{MethodOptions, QuantizationConfig};
 use oxiformers::{
     AutoConfig, CacheConfig, CausalLM, GenerationConfig, Generator, LanguageModel, Seq2SeqModel, Tokenizer,
-    device,
+    device, with_base,
 };
 use serde_json::{Map, Value};
 
@@ -29,9 +30,39 @@ pub fn files(model: Option<&str>) -> anyhow::Result<ModelFiles> {
     })
 }
 
+/// The files of a model and how it is to be loaded; of what is only an adapter, those of its base model, with it.
+pub fn model(model: Option<&str>, run: &RunArgs) -> anyhow::Result<(ModelFiles, LoadOptions)> {
+    let mut options = options(run)?;
+    let (files, own) = with_base::<anyhow::Error>(files(model)?, |name| files(Some(name)))?;
+    options
+        .adapters
+        .splice(0..0, own.into_iter().map(|adapter| adapter as _));
+    Ok((files, options))
+}
+
+/// An adapter, and its weight: `PATH` or `PATH=WEIGHT`.
+pub fn adapter(given: &str) -> anyhow::Result<Adapter> {
+    let weighted = given
+        .rsplit_once('=')
+        .and_then(|(place, weight)| Some((place, weight.parse::<f32>().ok()?)));
+    let (place, weight) = weighted.unwrap_or((given, 1.0));
+    let adapter = Adapter::from_files(&files(Some(place))?, place)?;
+    if weight != 1.0 {
+        if !matches!(adapter.config().method, Method::Lora(_) | Method::Vera(_)) {
+            bail!(
+                "{given}: {} adapters have no weight",
+                adapter.config().peft_type()
+            );
+        }
+        adapter.switch().set_weight(weight);
+    }
+    Ok(adapter)
+}
+
 /// Loads a language model.
-pub fn load(model: Option<&str>, run: &RunArgs) -> anyhow::Result<LanguageModel> {
-    Ok(LanguageModel::from_files(&files(model)?, &options(run)?)?)
+pub fn load(name: Option<&str>, run: &RunArgs) -> anyhow::Result<LanguageModel> {
+    let (files, options) = model(name, run)?;
+    Ok(LanguageModel::from_files(&files, &options)?)
 }
 
 /// A model that answers a text with a text: by continuing it, or by an encoder that reads and a decoder that writes.
@@ -42,8 +73,8 @@ pub enum TextModel {
 
 impl TextModel {
     /// Loads a model of either kind.
-    pub fn load(model: &str, run: &RunArgs) -> anyhow::Result<Self> {
-        let (files, options) = (files(Some(model))?, options(run)?);
+    pub fn load(name: &str, run: &RunArgs) -> anyhow::Result<Self> {
+        let (files, options) = model(Some(name), run)?;
         let kind = match files.gguf() {
             Some(_) => Kind::Decoder,
             None => AutoConfig::from_files(&files)?.architecture.kind(),
@@ -117,10 +148,12 @@ pub fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
         }
         None => None,
     };
+    let adapters = run.adapter.iter().map(|given| Ok(Arc::new(adapter(given)?) as _));
     Ok(LoadOptions {
         device: device::parse(&run.device)?,
         dtype,
         quantization,
+        adapters: adapters.collect::<anyhow::Result<_>>()?,
         ..LoadOptions::default()
     })
 }

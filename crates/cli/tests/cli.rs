@@ -456,6 +456,132 @@ fn inspect_without_loading() {
         .stdout(contains("parameters").and(contains("m.content")));
 }
 
+/// Adapters that PEFT saved for the tiny Llama.
+fn tiny_adapter(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../peft/tests/fixtures")
+        .join(name)
+}
+
+#[test]
+fn adapters_change_what_a_model_says() {
+    let tiny = tiny_model();
+    let generate = |adapters: &[String]| {
+        let mut command = oxiformers();
+        command.args([
+            "generate",
+            "--json",
+            "--greedy",
+            "--max-new-tokens",
+            "8",
+            "--prompt",
+            "hello world",
+        ]);
+        command.arg(tiny.path());
+        adapters.iter().for_each(|adapter| {
+            command.args(["--adapter", adapter]);
+        });
+        json(&mut command)["ids"].clone()
+    };
+    let path = |name: &str| tiny_adapter(name).display().to_string();
+    let (plain, adapted) = (generate(&[]), generate(&[path("lora-llama")]));
+    assert_ne!(plain, adapted);
+    assert_eq!(generate(&[format!("{}=0", path("lora-llama"))]), plain);
+    assert_ne!(generate(&[path("lora-llama"), path("prefix-llama")]), adapted);
+
+    // Merged into a folder of its own, and as a folder that names its base.
+    let folder = tempfile::tempdir().unwrap();
+    let merged = folder.path().join("merged");
+    let mut merge = oxiformers();
+    merge
+        .args(["adapter", "merge"])
+        .arg(tiny.path())
+        .arg(path("lora-llama"))
+        .arg("-o")
+        .arg(&merged);
+    merge.assert().success().stdout(contains("6 tensors"));
+    merge.assert().failure().stderr(contains("--force"));
+    let says = |model: &Path| {
+        let mut command = oxiformers();
+        command.args([
+            "generate",
+            "--json",
+            "--greedy",
+            "--max-new-tokens",
+            "8",
+            "--prompt",
+            "hello world",
+        ]);
+        json(command.arg(model))["ids"].clone()
+    };
+    assert_eq!(says(&merged), adapted);
+    let named = folder.path().join("named");
+    std::fs::create_dir(&named).unwrap();
+    let config = std::fs::read_to_string(tiny_adapter("lora-llama").join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["base_model_name_or_path"] = tiny.path().display().to_string().into();
+    std::fs::write(named.join("adapter_config.json"), config.to_string()).unwrap();
+    let weights = tiny_adapter("lora-llama").join("adapter_model.safetensors");
+    std::fs::copy(weights, named.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(says(&named), adapted);
+
+    // What cannot be is said.
+    let mut wrong = oxiformers();
+    wrong
+        .args(["generate", "--prompt", "hello"])
+        .arg(tiny.path())
+        .args(["--adapter", &path("lora-gpt2")]);
+    wrong.assert().failure().stderr(contains("another model"));
+    let mut wrong = oxiformers();
+    let weighted = format!("{}=0.5", path("ia3-llama"));
+    wrong
+        .args(["generate", "--prompt", "hello"])
+        .arg(tiny.path())
+        .args(["--adapter", &weighted]);
+    wrong
+        .assert()
+        .failure()
+        .stderr(contains("IA3 adapters have no weight"));
+}
+
+#[test]
+fn adapters_are_described_and_combined() {
+    let report = json(
+        oxiformers()
+            .args(["inspect", "--json"])
+            .arg(tiny_adapter("lora-llama")),
+    );
+    assert_eq!(
+        (&report["peft_type"], &report["modules"]["q_proj"]),
+        (&"LORA".into(), &2.into())
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("both");
+    let adapters =
+        ["first", "second"].map(|name| format!("{}=0.5", tiny_adapter("combined").join(name).display()));
+    let mut combine = oxiformers();
+    combine
+        .args(["adapter", "combine"])
+        .args(&adapters)
+        .arg("-o")
+        .arg(&output);
+    combine.args(["--combination-type", "ties", "--density", "0.5"]);
+    combine
+        .assert()
+        .success()
+        .stdout(contains("rank           4").and(contains("down_proj")));
+    let report = json(oxiformers().args(["adapter", "inspect", "--json"]).arg(&output));
+    assert_eq!(report["base_model"], "llama");
+    let mut combine = oxiformers();
+    combine
+        .args(["adapter", "combine"])
+        .args(&adapters)
+        .arg("-o")
+        .arg(folder.path().join("none"));
+    combine.args(["--combination-type", "average"]);
+    combine.assert().failure().stderr(contains("magnitude_prune"));
+}
+
 #[test]
 fn inspect_says_how_modules_are_stored_and_what_memory_they_take() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures/quantized");

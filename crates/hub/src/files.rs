@@ -118,6 +118,15 @@ impl ModelFiles {
         self
     }
 
+    /// These files, with those of `other` that `take` says yes to in the place of files of the same names.
+    #[must_use]
+    pub fn overlaid(&self, other: &Self, take: impl Fn(&str) -> bool) -> Self {
+        let mut files = (*self.files).clone();
+        let taken = other.files.iter().filter(|(name, _)| take(name));
+        files.extend(taken.map(|(name, entry)| (name.clone(), entry.clone())));
+        Self::new(self.name.to_string(), files)
+    }
+
     /// The files of a folder within these, as a model of their own; all of them where `place` is empty.
     #[must_use]
     pub fn folder(&self, place: &str) -> Self {

@@ -315,7 +315,7 @@ impl Source {
 
     /// The names of all tensors in the order of `stored`, GGUF's names.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn names_in_order<'a>(&self, stored: impl Iterator<Item = &'a str>) -> Vec<String> {
+    pub fn names_in_order<'a>(&self, stored: impl Iterator<Item = &'a str>) -> Vec<String> {
         let mut by_stored: HashMap<&str, Vec<(usize, &String)>> = HashMap::new();
         for (name, place) in &self.names {
             let first = place.rows.as_ref().map_or(0, |rows| rows.start);

@@ -15,6 +15,7 @@ use oxiformers_hub::checkpoint::TensorView;
 use oxiformers_kernels::{Weight, linear};
 
 use crate::linear::Matrix;
+use crate::prompt::Prompt;
 use crate::weights::lock;
 use crate::{Result, Weights};
 
@@ -28,6 +29,12 @@ pub trait Adapter: Debug + Send + Sync {
     /// # Errors
     /// Where it does not fit the module.
     fn parts(&self, target: &Target, w: &Weights) -> Result<Vec<Part>>;
+
+    /// Its virtual tokens for a decoder of that many layers whose embeddings have `width` values, if it has some.
+    ///
+    /// # Errors
+    /// Where they do not fit the model.
+    fn prompt(&self, width: usize, layers: usize, w: &Weights) -> Result<Option<Prompt>>;
 
     /// What takes the place of the checkpoint's tensor of one of these names, for as long as the model lives: a bias that
     /// was trained, for example, or a norm. `stored` says whether the checkpoint has it.
@@ -292,19 +299,26 @@ impl LoraEmbedding {
     fn forward(&self, ids: Tensor<1, Int>, y: Tensor<2>, weight: f64, base: &Matrix) -> Tensor<2> {
         let scaling = self.scaling * weight;
         let (a, b) = (self.lora_embedding_a.val(), self.lora_embedding_b.val());
-        let low = a.clone().select(1, ids).transpose();
-        let delta = product(low, b.clone(), None) * scaling;
+        let low = a.select(1, ids).transpose();
+        let delta = product(low, b, None) * scaling;
         let Some(magnitude) = &self.magnitude else {
             return y + delta;
         };
-        let magnitude = magnitude.val();
+        (y + delta) * self.factor(magnitude.val(), scaling, base)
+    }
+
+    /// DoRA's factors of the columns: `[1, embedding_dim]`.
+    fn factor(&self, magnitude: Tensor<1>, scaling: f64, base: &Matrix) -> Tensor<2> {
+        let (a, b) = (
+            self.lora_embedding_a.val().detach(),
+            self.lora_embedding_b.val().detach(),
+        );
         let norms = self.norms.of(scaling, !magnitude.is_autodiff(), || {
             let table = base.values(0..base.shape()[0], &a.device());
-            let sum = table + a.detach().transpose().matmul(b.detach().transpose()) * scaling;
+            let sum = table + a.transpose().matmul(b.transpose()) * scaling;
             sum.square().sum_dim(0).sqrt().squeeze_dim(0)
         });
-        let factor = (magnitude / norms).unsqueeze::<2>();
-        (y + delta) * factor
+        (magnitude / norms).unsqueeze()
     }
 }
 
@@ -452,10 +466,90 @@ impl<'a> Active<'a> {
     }
 }
 
+/// `w` and its bias with the part, which was made for `base`, in them.
+fn merge_into(
+    part: &Part,
+    weight: f64,
+    base: &Matrix,
+    w: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> (Tensor<2>, Option<Tensor<1>>) {
+    // Rows and columns that the part scales.
+    let of_rows = |factor: Tensor<1>| factor.unsqueeze_dim::<2>(1);
+    match part {
+        Part::Saved(_) => (w, bias),
+        Part::Ia3(ia3) if ia3.is_feedforward => (w, bias),
+        Part::Ia3(ia3) => {
+            let factor = ia3.ia3_l.val().flatten::<1>(0, 1);
+            (w * of_rows(factor.clone()), bias.map(|bias| bias * factor))
+        }
+        Part::Vera(vera) => {
+            let [rows, cols] = w.dims();
+            let a = vera.vera_a.clone().narrow(1, 0, cols) * of_rows(vera.lambda_d.val());
+            let b = vera.vera_b.clone().narrow(0, 0, rows) * of_rows(vera.lambda_b.val());
+            (w + b.matmul(a) * weight, bias)
+        }
+        Part::LoraEmbedding(lora) => {
+            let scaling = lora.scaling * weight;
+            let (a, b) = (lora.lora_embedding_a.val(), lora.lora_embedding_b.val());
+            let w = w + a.transpose().matmul(b.transpose()) * scaling;
+            match &lora.magnitude {
+                Some(magnitude) => (w * lora.factor(magnitude.val(), scaling, base), bias),
+                None => (w, bias),
+            }
+        }
+        Part::Lora(lora) => {
+            let scaling = lora.scaling * weight;
+            let (a, b) = (lora.lora_a.val(), lora.lora_b.val());
+            let w = match &lora.taken {
+                Some([a, b]) => w - b.clone().matmul(a.clone()),
+                None => w,
+            };
+            let mut w = w + b.clone().matmul(a.clone()) * scaling;
+            let mut added = lora.bias.as_ref().map(|bias| bias.val() * scaling);
+            if let Some(magnitude) = &lora.magnitude {
+                let factor = magnitude.val() / base.row_norms(a, b, scaling);
+                w = w * of_rows(factor.clone());
+                added = added.map(|added| added * factor);
+            }
+            let bias = match (bias, added) {
+                (Some(bias), Some(added)) => Some(bias + added),
+                (bias, added) => bias.or(added),
+            };
+            (w, bias)
+        }
+    }
+}
+
 /// Values that are widened at a time.
 const PIECE: usize = 1 << 22;
 
 impl Matrix {
+    /// The weight `[out_features, in_features]` and the bias that give the same without the adapters that take part now:
+    /// PEFT's `merge_and_unload`. `bias` is what the module has.
+    pub fn merged(
+        &self,
+        bias: Option<Tensor<1>>,
+        device: &burn::tensor::Device,
+    ) -> (Tensor<2>, Option<Tensor<1>>) {
+        let active = Active(self.adapters());
+        let (base, bias) = match active.saved() {
+            Some(saved) => (&saved.weight, saved.bias.as_ref().map(Param::val).or(bias)),
+            None => (self, bias),
+        };
+        let mut w = base.values(0..base.shape()[0], device);
+        for (part, _) in active.parts() {
+            if let Part::Ia3(ia3) = part
+                && ia3.is_feedforward
+            {
+                w = ia3.scale(w);
+            }
+        }
+        active.parts().fold((w, bias), |(w, bias), (part, weight)| {
+            merge_into(part, weight, base, w, bias)
+        })
+    }
+
     /// Rows as a dense tensor `[rows.len(), in_features]` on a device.
     pub fn values(&self, rows: Range<usize>, device: &burn::tensor::Device) -> Tensor<2> {
         let [_, cols] = self.shape();

@@ -83,6 +83,8 @@ pub struct Cache {
     /// Where the sequence of each token begins, where several stand in a row.
     segments: Vec<Vec<usize>>,
     len: usize,
+    /// Virtual tokens before the others, which count nowhere else.
+    virtual_tokens: usize,
     /// Length that the sequences are to have, as far as is known.
     context: usize,
     /// Length beyond which the rotary frequencies of all positions are others.
@@ -117,6 +119,7 @@ impl Cache {
             padding,
             segments: Vec::new(),
             len: 0,
+            virtual_tokens: 0,
             context: 0,
             rope_switch: None,
             precision: CachePrecision::Full,
@@ -184,6 +187,21 @@ impl Cache {
     /// Left padding of each sequence.
     pub fn padding(&self) -> &[usize] {
         &self.padding
+    }
+
+    /// Gives the sequences another padding; returns what they had.
+    pub(crate) fn replace_padding(&mut self, padding: Vec<usize>) -> Vec<usize> {
+        std::mem::replace(&mut self.padding, padding)
+    }
+
+    /// Virtual tokens that stand before all others.
+    pub(crate) fn virtual_tokens(&self) -> usize {
+        self.virtual_tokens
+    }
+
+    /// Says that what the layers hold are virtual tokens.
+    pub(crate) fn set_virtual_tokens(&mut self, count: usize) {
+        self.virtual_tokens = count;
     }
 
     /// The cache of one layer.
@@ -281,7 +299,7 @@ impl Cache {
             return false;
         }
         for layer in &mut self.layers {
-            layer.truncate(len);
+            layer.truncate(self.virtual_tokens + len);
         }
         self.len = len;
         true
@@ -323,6 +341,7 @@ impl Cache {
             layer.start = 0;
         }
         self.len = 0;
+        self.virtual_tokens = 0;
         self.context = 0;
     }
 

@@ -153,10 +153,10 @@ impl<'a> Context<'a> {
         self.layer
     }
 
-    /// Number of tokens before this pass.
+    /// Number of tokens before this pass, virtual ones among them.
     pub fn past(&self) -> usize {
         match &self.past {
-            Past::Cache(cache) => cache.len(),
+            Past::Cache(cache) => cache.virtual_tokens() + cache.len(),
             Past::None(_) => 0,
         }
     }
@@ -188,7 +188,11 @@ impl<'a> Context<'a> {
             return vec![row(0)];
         };
         if !cache.segments().is_empty() {
-            let row = |starts: &Vec<usize>| (starts.iter().enumerate()).map(|(at, start)| at - start).collect();
+            let row = |starts: &Vec<usize>| {
+                (starts.iter().enumerate())
+                    .map(|(at, start)| at - start)
+                    .collect()
+            };
             return cache.segments().iter().map(row).collect();
         }
         let padding = cache.padding();
@@ -222,7 +226,10 @@ impl<'a> Context<'a> {
                 if let Some(most) = rope.switch() {
                     cache.set_rope_switch(most);
                 }
-                cache.context()
+                match cache.context() {
+                    0 => 0,
+                    context => cache.virtual_tokens() + context,
+                }
             }
             Past::None(_) => self.seq,
         };
@@ -265,6 +272,7 @@ impl<'a> Context<'a> {
             Past::Cache(cache) => cache.start_after(self.layer, self.seq),
             Past::None(_) => 0,
         };
+        self.hide_padding_after_virtual_tokens(first_key);
         let mask = self.masks.entry((window, first_key)).or_insert_with(|| {
             Rc::new(Mask::new(match &self.past {
                 Past::Cache(cache) if !cache.segments().is_empty() => Visible::Segments {
@@ -273,9 +281,13 @@ impl<'a> Context<'a> {
                 },
                 Past::Cache(cache) => Visible::Causal {
                     first_key,
-                    first_query: cache.len(),
+                    first_query: cache.virtual_tokens() + cache.len(),
                     window,
-                    padding: cache.padding().to_vec(),
+                    padding: match cache.virtual_tokens() {
+                        0 => cache.padding().to_vec(),
+                        // It is no longer the first thing in a sequence; the bias hides it.
+                        _ => vec![0; cache.padding().len()],
+                    },
                 },
                 Past::None(tokens) => Visible::Range {
                     tokens: tokens.clone(),
@@ -284,6 +296,26 @@ impl<'a> Context<'a> {
             }))
         });
         mask.clone()
+    }
+
+    /// Where padding stands behind virtual tokens, a bias keeps it from being seen.
+    fn hide_padding_after_virtual_tokens(&mut self, first_key: usize) {
+        let Past::Cache(cache) = &self.past else { return };
+        let first = cache.virtual_tokens();
+        if first == 0 || cache.padding().iter().all(|padding| *padding == 0) {
+            return;
+        }
+        // No infinity: a padding token sees nothing else.
+        const HIDDEN: f32 = -1e30;
+        let keys = first_key..first + cache.len() + self.seq;
+        let shape = [cache.padding().len(), 1, 1, keys.len()];
+        let row = |padding: &usize| {
+            let hidden = first..first + padding;
+            keys.clone()
+                .map(move |key| if hidden.contains(&key) { HIDDEN } else { 0.0 })
+        };
+        let bias: Vec<f32> = cache.padding().iter().flat_map(row).collect();
+        self.bias = Some(Tensor::from_data(TensorData::new(bias, shape), &self.device));
     }
 }
 

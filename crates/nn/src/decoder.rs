@@ -5,9 +5,10 @@ use std::fmt::Debug;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 
+use crate::prompt::Prompt;
 use crate::{
-    Backbone, Cache, CacheKind, Context, Embedding, EncoderInputs, EncoderOutput, Linear, Norm, Positions, Result, Role,
-    Stack, Weights,
+    Backbone, Cache, CacheKind, Context, Embedding, EncoderInputs, EncoderOutput, Linear, Norm, Positions,
+    Result, Role, Stack, Weights,
 };
 
 /// One layer of a decoder.
@@ -81,6 +82,8 @@ pub struct Decoder<L: DecoderLayer> {
     /// Back to the width of the embedding, where the layers have another one, as in OPT.
     project_out: Option<Linear>,
     lm_head: Linear,
+    /// Virtual tokens of adapters.
+    prompts: Vec<Prompt>,
     #[module(skip)]
     config: DecoderConfig,
 }
@@ -138,6 +141,7 @@ impl<L: DecoderLayer> Decoder<L> {
             },
             project_out: None,
             lm_head,
+            prompts: w.prompts(embedding_width, config.windows.len())?,
             config,
         })
     }
@@ -180,6 +184,7 @@ impl<L: DecoderLayer> Decoder<L> {
 
     /// Hidden states `[batch, seq, hidden_size]` after the final norm; the tokens are appended to `cache`.
     pub fn hidden_states(&self, input_ids: Tensor<2, Int>, cache: &mut Cache) -> Tensor<3> {
+        Prompt::begin(&self.prompts, &self.stack, cache, &input_ids.device());
         self.stack.append(input_ids, cache, false).last_hidden_state
     }
 

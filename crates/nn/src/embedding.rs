@@ -13,6 +13,8 @@ use crate::{Result, TargetKind, Weights};
 pub struct Embedding {
     /// `[num_embeddings, embedding_dim]`.
     pub weight: Matrix,
+    /// The table as it was before adapters were merged into it: what an output layer shares.
+    unmerged: Option<Matrix>,
 }
 
 impl Embedding {
@@ -28,13 +30,16 @@ impl Embedding {
                 .with_role(Role::Kept)
                 .with_kind(Kind::Embedding)
                 .matrix("weight", [num_embeddings, embedding_dim])?,
+            unmerged: None,
         })
     }
 
     /// The same table with what adapters have for the place `w`.
     pub(crate) fn adapted(&self, w: &Weights) -> Result<Self> {
+        let (weight, _) = w.adapt(self.weight.clone(), None, TargetKind::Embedding)?;
         Ok(Self {
-            weight: w.adapt(self.weight.clone(), None, TargetKind::Embedding)?,
+            weight,
+            unmerged: w.merges_adapters().then(|| self.weight.clone()),
         })
     }
 
@@ -52,8 +57,9 @@ impl Embedding {
     /// # Errors
     /// An adapter that does not fit.
     pub fn tied_output(&self, w: &Weights) -> Result<Linear> {
-        let weight = self.weight.clone().with_adapters(Vec::new());
-        let weight = w.adapt(weight, None, TargetKind::Output)?;
-        Ok(Linear::from_matrix(weight))
+        let shared = self.unmerged.as_ref().unwrap_or(&self.weight);
+        let weight = shared.clone().with_adapters(Vec::new());
+        let (weight, bias) = w.adapt(weight, None, TargetKind::Output)?;
+        Ok(Linear { weight, bias })
     }
 }

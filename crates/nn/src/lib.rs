@@ -24,6 +24,7 @@ pub mod moe;
 pub mod norm;
 pub mod parameters;
 pub mod positions;
+pub mod prompt;
 mod quantized;
 pub mod relative;
 pub mod rope;
@@ -54,12 +55,13 @@ pub use mlp::{GatedMlp, Mlp};
 pub use norm::{LayerNorm, Norm, RmsNorm};
 pub use oxiformers_kernels::attention::attention as attend;
 pub use oxiformers_kernels::{
-    Activation, AttentionOptions, CodeBits, CrossEntropyOptions, GroupAxis, LabelError, Mask, ScoreBias, Visible,
-    cross_entropy,
+    Activation, AttentionOptions, CodeBits, CrossEntropyOptions, GroupAxis, LabelError, Mask, ScoreBias,
+    Visible, cross_entropy,
 };
 pub use oxiformers_quant as quant;
 pub use parameters::{Parameter, Parameters, Slot};
 pub use positions::Positions;
+pub use prompt::{Prompt, PromptKind};
 pub use relative::RelativeBias;
 pub use rope::{Rope, RopeParameters, RopeSettings};
 pub use seq2seq::{EncoderDecoder, Seq2SeqDecoder, Seq2SeqLayer};

@@ -169,6 +169,11 @@ impl Matrix {
         self.packed.as_ref()
     }
 
+    /// Parts of adapters.
+    pub(crate) fn adapters(&self) -> &[AdapterLayer] {
+        &self.adapters
+    }
+
     /// Its values, if they are held as floats.
     pub(crate) fn as_dense(&self) -> Option<&Param<Tensor<2>>> {
         self.dense.as_ref()
@@ -258,7 +263,7 @@ impl Linear {
         } else {
             None
         };
-        let weight = w.adapt(weight, bias.as_ref(), w.target_kind())?;
+        let (weight, bias) = w.adapt(weight, bias, w.target_kind())?;
         Ok(Self { weight, bias })
     }
 
@@ -268,7 +273,7 @@ impl Linear {
         let weight = w.matrix_transposed("weight", [out_features, in_features])?;
         w.will_multiply(&weight);
         let bias = Some(w.param("bias", [out_features], Init::Zeros)?);
-        let weight = w.adapt(weight, bias.as_ref(), TargetKind::Conv1d)?;
+        let (weight, bias) = w.adapt(weight, bias, TargetKind::Conv1d)?;
         Ok(Self { weight, bias })
     }
 

@@ -46,6 +46,11 @@ impl<L: DecoderLayer> Stack<L> {
         if self.embed_scale != 1.0 {
             x = x * self.embed_scale;
         }
+        self.enter(x, cx)
+    }
+
+    /// What the first layer gets for embeddings `[batch, seq, embedding_dim]`: `[batch, seq, hidden_size]`.
+    pub fn enter(&self, mut x: Tensor<3>, cx: &mut Context) -> Tensor<3> {
         if let Some(project_in) = &self.project_in {
             x = project_in.forward(x);
         }

@@ -15,6 +15,7 @@ use crate::adapter::AdapterLayer;
 use crate::init::normal;
 use crate::linear::{Matrix, Observer};
 use crate::parameters::{Kind, Parameter, Parameters, Slot};
+use crate::prompt::Prompt;
 use crate::survey::Survey;
 use crate::ternary::Lambda;
 use crate::{Adapter, Error, Result, Target, TargetKind};
@@ -98,6 +99,8 @@ pub struct LoadOptions {
     pub ignore_mismatched_sizes: bool,
     /// Seed of what is initialized. The values of a tensor depend on this and its name alone.
     pub seed: u64,
+    /// Whether adapters are merged into the weights, which are floats then. They cannot be switched any more.
+    pub merge_adapters: bool,
 }
 
 impl Default for LoadOptions {
@@ -114,6 +117,7 @@ impl Default for LoadOptions {
             new_heads: false,
             ignore_mismatched_sizes: false,
             seed: 0,
+            merge_adapters: false,
         }
     }
 }
@@ -430,33 +434,75 @@ impl Weights {
         Param::initialized(id, tensor).set_require_grad(trained)
     }
 
-    /// The matrix of the module at this place with the parts that adapters have of it.
+    /// The matrix and the bias of the module at this place with the parts that adapters have of it: beside the matrix, or
+    /// merged into it.
     pub(crate) fn adapt(
         &self,
         matrix: Matrix,
-        bias: Option<&Param<Tensor<1>>>,
+        bias: Option<Param<Tensor<1>>>,
         kind: TargetKind,
-    ) -> Result<Matrix> {
-        let adapters = &self.shared.options.adapters;
-        if adapters.is_empty() || self.shared.options.survey.is_some() {
-            return Ok(matrix);
+    ) -> Result<(Matrix, Option<Param<Tensor<1>>>)> {
+        let options = &self.shared.options;
+        if options.adapters.is_empty() || options.survey.is_some() {
+            return Ok((matrix, bias));
         }
         let target = Target {
             names: self.names_of(&self.prefix),
             kind,
             matrix: &matrix,
-            bias,
+            bias: bias.as_ref(),
         };
+        let layers = self.adapter_layers(&target)?;
+        let matrix = matrix.with_adapters(layers);
+        if !options.merge_adapters || matrix.adapters().is_empty() {
+            return Ok((matrix, bias));
+        }
+        let (weight, bias) = matrix.merged(bias.map(|bias| bias.val()), self.device());
+        let full = self.full("weight");
+        let shape = weight.dims().to_vec();
+        let view = TensorView {
+            dtype: DType::F32,
+            shape,
+            data: weight.into_data().convert::<f32>().bytes().to_vec().into(),
+        };
+        // Nothing of it is trained.
+        let bias = bias.map(|bias| Param::initialized(ParamId::new(), bias));
+        let slot = Slot::whole(&full, &view.shape);
+        Ok((self.matrix_from(&full, slot, view)?, bias))
+    }
+
+    /// Whether adapters become part of the weights.
+    pub(crate) fn merges_adapters(&self) -> bool {
+        self.shared.options.merge_adapters && !self.shared.options.adapters.is_empty()
+    }
+
+    /// The virtual tokens that adapters bring.
+    pub(crate) fn prompts(&self, width: usize, layers: usize) -> Result<Vec<Prompt>> {
+        let options = &self.shared.options;
+        if options.survey.is_some() {
+            return Ok(Vec::new());
+        }
+        let prompts = options
+            .adapters
+            .iter()
+            .map(|adapter| adapter.prompt(width, layers, self));
+        prompts.filter_map(Result::transpose).collect()
+    }
+
+    /// The parts that adapters have of a module, in their order.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the module.
+    pub fn adapter_layers(&self, target: &Target) -> Result<Vec<AdapterLayer>> {
         let mut layers = Vec::new();
-        for adapter in adapters {
+        for adapter in &self.shared.options.adapters {
             let layer = |part| AdapterLayer {
                 part,
                 switch: adapter.switch().clone(),
             };
-            layers.extend(adapter.parts(&target, self)?.into_iter().map(layer));
+            layers.extend(adapter.parts(target, self)?.into_iter().map(layer));
         }
-        drop(target);
-        Ok(matrix.with_adapters(layers))
+        Ok(layers)
     }
 
     /// What adapters may take a layer here for.
@@ -544,7 +590,11 @@ impl Weights {
         if let Some(matrix) = self.stored_module(&full, shape)? {
             return Ok(matrix);
         }
-        let stored = if turned { shape } else { [in_features, out_features] };
+        let stored = if turned {
+            shape
+        } else {
+            [in_features, out_features]
+        };
         let Some(mut view) = self.take(&full, &stored)? else {
             return self.fresh_matrix(&full, &slot, shape);
         };
@@ -889,8 +939,12 @@ impl Weights {
 
     fn dense_matrix(&self, full: &str, slot: &Slot, tensor: Tensor<2>) -> Result<Matrix> {
         let observer = self.shared.options.observer.as_ref();
-        let matrix = Matrix::dense(self.register(full, slot, tensor)).observed(full, observer);
-        self.trained(full, matrix)
+        let values = match self.shared.options.adapters.is_empty() {
+            true => self.register(full, slot, tensor),
+            // What is trained of it is a copy.
+            false => Param::initialized(ParamId::new(), tensor),
+        };
+        self.trained(full, Matrix::dense(values).observed(full, observer))
     }
 
     /// Whether matrices are kept in a form that products on the CPU read.

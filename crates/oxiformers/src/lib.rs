@@ -19,7 +19,7 @@
 //! [`LanguageModel`] puts the parts together that a checkpoint consists of, [`Seq2SeqModel`] those of an
 //! encoder-decoder. A [`Pipeline`] does a whole task, from raw input to an answer. The parts live in rooms of their own,
 //! re-exported here: [`pipelines`] holds the tasks, [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
-//! holds the architectures, [`nn`] their layers, [`quant`] their packed weights, [`generate`] the decoding loop.
+//! holds the architectures, [`nn`] their layers, [`peft`] adapters of them, [`quant`] their packed weights, [`generate`] the decoding loop.
 
 pub mod device;
 mod perplexity;
@@ -28,6 +28,7 @@ pub use oxiformers_generate as generate;
 pub use oxiformers_hub as hub;
 pub use oxiformers_models as models;
 pub use oxiformers_nn as nn;
+pub use oxiformers_peft as peft;
 pub use oxiformers_pipelines as pipelines;
 pub use oxiformers_processors as processors;
 pub use oxiformers_quant as quant;
@@ -53,7 +54,7 @@ pub use pipelines::{
     AnyPipeline, Conversation, Embeddings, Error, FeatureExtraction, FillMask, FromPretrained, LanguageModel,
     OneOrMany, Pipeline, QuestionAnswering, Reranking, Result, SentenceEncoder, SentenceSimilarity,
     Seq2SeqModel, Summarization, TableQuestionAnswering, Task, Text2TextGeneration, TextClassification,
-    TextGeneration, TokenClassification, Translation, ZeroShotClassification, tasks,
+    TextGeneration, TokenClassification, Translation, ZeroShotClassification, tasks, with_base,
 };
 pub use processors::{
     ChatTemplate, Message, RenderOptions, Table, TableEncoding, Tokenizer, Tokenizer as AutoTokenizer,

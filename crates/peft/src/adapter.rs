@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::module::Param;
+use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
 use oxiformers_hub::ModelFiles;
-use oxiformers_hub::checkpoint::{Checkpoint, TensorView};
+use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
 use oxiformers_nn::adapter::{Ia3, Lora, LoraEmbedding, Part, Saved, Vera};
 use oxiformers_nn::linear::Matrix;
 use oxiformers_nn::weights::to_f32;
-use oxiformers_nn::{Error as NnError, Result as NnResult, Switch, Target, TargetKind, Weights};
+use oxiformers_nn::{
+    Error as NnError, Prompt, PromptKind, Result as NnResult, Switch, Target, TargetKind, Weights,
+};
 
-use crate::config::{AdapterConfig, Bias, InitLora, LoraConfig, Method};
+use crate::config::{AdapterConfig, Bias, CONFIG_FILE, InitLora, LoraConfig, Method};
 use crate::error::{Error, Result};
 use crate::linalg;
 use crate::random::Mt19937;
@@ -36,6 +38,7 @@ pub struct Adapter {
     /// VeRA's random matrices, which all modules share.
     projections: Mutex<Option<[Tensor<2>; 2]>>,
     widest: Mutex<Option<usize>>,
+    params: Mutex<Vec<(ParamId, String)>>,
 }
 
 /// Values on their way to a tensor.
@@ -74,6 +77,77 @@ impl Adapter {
         Ok(Self::new(config, tensors(files)?, name))
     }
 
+    /// Whether a folder is an adapter's and no model's.
+    pub fn is_adapter(files: &ModelFiles) -> bool {
+        files.contains(CONFIG_FILE) && !files.contains("config.json") && files.gguf().is_none()
+    }
+
+    /// The base model that its configuration names, with the revision if there is one.
+    ///
+    /// # Errors
+    /// Where it names none.
+    pub fn base_model(&self) -> Result<String> {
+        let name = self
+            .config
+            .base_model_name_or_path
+            .as_deref()
+            .filter(|name| !name.is_empty());
+        let name = name.ok_or_else(|| {
+            Error::Refused(format!(
+                "{}: `base_model_name_or_path` names no model; load that, with this as its adapter",
+                self.switch.name()
+            ))
+        })?;
+        Ok(match &self.config.revision {
+            Some(revision) => format!("{name}@{revision}"),
+            None => name.to_string(),
+        })
+    }
+
+    /// The files that say how texts are read and answered.
+    pub const TEXT_FILES: [&str; 9] = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+    ];
+
+    /// The tensors of its file, given what was trained with it by the names of parameters: shapes and values.
+    pub fn trained_tensors(
+        &self,
+        trained: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    ) -> BTreeMap<String, TensorView> {
+        let view = |(shape, values): (Vec<usize>, Vec<f32>)| TensorView {
+            dtype: DType::F32,
+            shape,
+            data: values
+                .iter()
+                .flat_map(|x| x.to_le_bytes())
+                .collect::<Vec<u8>>()
+                .into(),
+        };
+        let (own, others): (Vec<_>, Vec<_>) = trained
+            .into_iter()
+            .partition(|(name, _)| name.starts_with(PREFIX));
+        // The adapter's copy of a parameter counts, where the model has it too.
+        let short = |name: String| name.strip_prefix(PREFIX).map_or(name.clone(), str::to_string);
+        let tensors = others.into_iter().chain(own);
+        let mut out: BTreeMap<_, _> = self.tensors.clone();
+        out.extend(tensors.map(|(name, tensor)| (short(name), view(tensor))));
+        out
+    }
+
+    /// The files of the base model with those of the adapter's folder that say how texts are read and answered, as
+    /// tokenizers with more tokens or another chat template.
+    pub fn over(base: &ModelFiles, folder: &ModelFiles) -> ModelFiles {
+        base.overlaid(folder, |name| Self::TEXT_FILES.contains(&name))
+    }
+
     /// From its configuration and its tensors, whose names are those of the file without `base_model.model.`.
     pub fn new(config: AdapterConfig, tensors: BTreeMap<String, TensorView>, name: &str) -> Self {
         Self {
@@ -85,6 +159,7 @@ impl Adapter {
             fresh: None,
             projections: Mutex::default(),
             widest: Mutex::default(),
+            params: Mutex::default(),
         }
     }
 
@@ -103,7 +178,7 @@ impl Adapter {
             )));
         }
         match &config.method {
-            Method::Lora(_) | Method::Ia3(_) => {}
+            Method::Lora(_) | Method::Ia3(_) | Method::PromptTuning(_) | Method::PrefixTuning(_) => {}
             _ => {
                 return Err(Error::Refused(format!(
                     "{name}: {} adapters are used, but not trained here",
@@ -187,7 +262,28 @@ impl Adapter {
                 view.dtype.name()
             ))
         })?;
-        Ok(w.adapter_param(format!("{PREFIX}{name}"), TensorData::new(values, shape), trained))
+        Ok(self.make(w, name.to_string(), TensorData::new(values, shape), trained))
+    }
+
+    fn make<const D: usize>(
+        &self,
+        w: &Weights,
+        name: String,
+        values: TensorData,
+        trained: bool,
+    ) -> Param<Tensor<D>> {
+        let param = w.adapter_param(format!("{PREFIX}{name}"), values, trained);
+        if trained {
+            lock(&self.params).push((param.id, name));
+        }
+        param
+    }
+
+    /// The parameters that it made of the model that was loaded last and that are trained, with the names that their tensors
+    /// have in the file but for `base_model.model.`. Biases and norms of the model itself that are trained with it are not
+    /// among them.
+    pub fn parameters(&self) -> Vec<(ParamId, String)> {
+        lock(&self.params).clone()
     }
 
     /// The rank of a pair of matrices, `a` `[r, ..]` and `b` `[.., r]`.
@@ -379,20 +475,19 @@ impl Adapter {
         part.dropout = config.lora_dropout;
         if config.lora_bias {
             let values = TensorData::new(vec![0.0f32; rows], [rows]);
-            part.bias = Some(w.adapter_param(format!("{PREFIX}{name}.lora_B.bias"), values, true));
+            part.bias = Some(self.make(w, format!("{name}.lora_B.bias"), values, true));
         }
         if config.use_dora {
             let device = Device::flex();
             let of = |values: Values| Tensor::<2>::from_data(values.data(), &device);
             let norms = target.matrix.row_norms(of(a), of(b), scaling).into_data();
-            part.magnitude =
-                Some(w.adapter_param(format!("{PREFIX}{name}.lora_magnitude_vector"), norms, true));
+            part.magnitude = Some(self.make(w, format!("{name}.lora_magnitude_vector"), norms, true));
         }
         Ok(Some(Part::Lora(part)))
     }
 
     fn fresh_param(&self, w: &Weights, module: &str, ending: &str, values: Values) -> Param<Tensor<2>> {
-        w.adapter_param(format!("{PREFIX}{module}{ending}"), values.data(), self.trained)
+        self.make(w, format!("{module}{ending}"), values.data(), self.trained)
     }
 
     /// Whether a fresh adapter has a part of a module.
@@ -580,10 +675,10 @@ impl Adapter {
         }
         let rows = target.matrix.shape()[0];
         let values = target.matrix.values(0..rows, &Device::flex()).into_data();
-        let weight = w.adapter_param(format!("{PREFIX}{name}.weight"), values, true);
+        let weight = self.make(w, format!("{name}.weight"), values, true);
         let bias = target.bias.map(|bias| {
             let values = bias.val().into_data();
-            w.adapter_param(format!("{PREFIX}{name}.bias"), values, true)
+            self.make(w, format!("{name}.bias"), values, true)
         });
         Some(Part::Saved(Saved {
             weight: Matrix::dense(weight),
@@ -632,6 +727,46 @@ impl oxiformers_nn::Adapter for Adapter {
             Method::PromptTuning(_) | Method::PTuning(_) | Method::PrefixTuning(_) => None,
         };
         Ok(self.saved(target, w)?.into_iter().chain(own).collect())
+    }
+
+    fn prompt(&self, width: usize, layers: usize, w: &Weights) -> NnResult<Option<Prompt>> {
+        let (config, prefix) = match &self.config.method {
+            Method::PromptTuning(config) | Method::PTuning(config) => (config, false),
+            Method::PrefixTuning(config) => (config, true),
+            _ => return Ok(None),
+        };
+        let (kind, columns) = match prefix {
+            false => (PromptKind::Embeddings, width),
+            true => {
+                let heads = config.num_attention_heads.filter(|heads| *heads > 0);
+                let (Some(heads), Some(token_dim)) = (heads, config.token_dim) else {
+                    return Err(
+                        self.wrong("`num_attention_heads` and `token_dim` are needed, as PEFT writes them")
+                    );
+                };
+                (
+                    PromptKind::KeysAndValues { layers, heads },
+                    2 * layers * token_dim,
+                )
+            }
+        };
+        let shape = [config.num_virtual_tokens, columns];
+        let values = if self.fresh.is_some() {
+            let values = self
+                .generator("prompt_embeddings")
+                .normal(shape[0] * shape[1], 1.0);
+            self.make(
+                w,
+                "prompt_embeddings".to_string(),
+                TensorData::new(values, shape),
+                true,
+            )
+        } else {
+            let found = self.find(&["prompt_embeddings"], "");
+            let found = found.ok_or_else(|| self.wrong("the tensor `prompt_embeddings` is missing"))?;
+            self.param(w, found, shape)?
+        };
+        Ok(Some(Prompt::new(values, kind, self.switch.clone())))
     }
 
     fn replacement(&self, names: &[&str], stored: bool) -> Option<TensorView> {

@@ -13,6 +13,7 @@ use crate::adapter::Adapter;
 use crate::config::{AdapterConfig, LoraConfig, Method, Names};
 use crate::error::{Error, Result};
 use crate::linalg;
+use crate::random::Mt19937;
 
 /// How adapters are put together: PEFT's `combination_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,6 +150,15 @@ impl Combination {
 /// What DARE keeps: for a tensor of a module, of the adapter of that number, and of that many values, which of them.
 /// Values are counted in the order in which PEFT holds them.
 pub type Draw<'a> = dyn FnMut(&str, usize, usize, f64) -> Vec<bool> + 'a;
+
+/// What [`combine`] is told to draw by a seed.
+pub fn draws(seed: u64) -> impl FnMut(&str, usize, usize, f64) -> Vec<bool> {
+    let mut generator = Mt19937::new(seed);
+    move |_, _, len, density| {
+        let values = generator.uniform(len, 0.0, 1.0);
+        values.into_iter().map(|x| f64::from(x) < density).collect()
+    }
+}
 
 /// A module's matrices in one adapter.
 struct Pair {

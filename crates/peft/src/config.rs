@@ -167,6 +167,23 @@ impl Targets {
     }
 }
 
+/// The modules that LoRA adapts in models of this type where `target_modules` names none; `None` for types of which PEFT
+/// knows none.
+pub fn default_targets(model_type: &str) -> Option<&'static [&'static str]> {
+    Some(match model_type {
+        "t5" | "mt5" => &["q", "v"],
+        "gpt2" => &["c_attn"],
+        "bloom" | "gpt_neox" | "falcon" => &["query_key_value"],
+        "bert" | "roberta" | "xlm-roberta" | "electra" | "layoutlm" => &["query", "value"],
+        "deberta-v2" => &["query_proj", "value_proj"],
+        "mpt" => &["Wqkv"],
+        "phi" => &["q_proj", "v_proj", "fc1", "fc2"],
+        "bart" | "opt" | "gptj" | "llama" | "mistral" | "mixtral" | "stablelm" | "gemma" | "gemma2"
+        | "gemma3_text" | "qwen2" | "qwen3" => &["q_proj", "v_proj"],
+        _ => return None,
+    })
+}
+
 /// Which biases are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

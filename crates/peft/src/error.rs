@@ -6,6 +6,12 @@ pub enum Error {
     /// A file could not be read or written.
     #[error(transparent)]
     Hub(#[from] oxiformers_hub::Error),
+    /// The model cannot be loaded.
+    #[error(transparent)]
+    Model(#[from] oxiformers_models::Error),
+    /// An adapter does not fit the model.
+    #[error(transparent)]
+    Part(#[from] oxiformers_nn::Error),
     /// There is no `adapter_config.json`.
     #[error("{place}: no adapter_config.json; this is no folder of an adapter")]
     NoConfig {

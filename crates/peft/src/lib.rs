@@ -9,6 +9,8 @@ pub mod combine;
 pub mod config;
 mod error;
 mod linalg;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod merge;
 mod pattern;
 mod random;
 #[cfg(not(target_arch = "wasm32"))]

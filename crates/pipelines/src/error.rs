@@ -10,6 +10,9 @@ pub enum Error {
     /// A model could not be built from its files.
     #[error(transparent)]
     Model(#[from] oxiformers_models::Error),
+    /// An adapter could not be read.
+    #[error(transparent)]
+    Adapter(#[from] oxiformers_peft::Error),
     /// A tokenizer or a chat template failed.
     #[error(transparent)]
     Processors(#[from] oxiformers_processors::Error),

@@ -31,7 +31,7 @@ mod seq2seq_model;
 pub mod tasks;
 mod texts;
 
-pub use auto::FromPretrained;
+pub use auto::{FromPretrained, with_base};
 pub use conversation::Conversation;
 pub use error::{Error, Result};
 pub use language_model::LanguageModel;

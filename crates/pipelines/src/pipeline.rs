@@ -48,8 +48,8 @@ pub trait Pipeline: Sized {
 }
 
 impl<P: Pipeline> FromPretrained for P {
-    fn from_model_files(files: &ModelFiles) -> Result<Self> {
-        P::from_files(files, &LoadOptions::default())
+    fn from_files_with(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
+        P::from_files(files, options)
     }
 }
 

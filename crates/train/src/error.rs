@@ -64,6 +64,9 @@ pub enum Error {
     /// A model cannot be loaded, or is given what does not fit it.
     #[error(transparent)]
     Model(#[from] oxiformers_models::Error),
+    /// An adapter cannot be begun or written.
+    #[error(transparent)]
+    Adapter(#[from] oxiformers_peft::Error),
     /// Values cannot be read back from the device.
     #[error("the device: {0}")]
     Device(String),

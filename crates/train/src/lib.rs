@@ -5,6 +5,7 @@
 //! by a [`Parameters`](oxiformers_models::nn::Parameters) that was filled when the model was loaded, and a
 //! [`Saver`](checkpoint::Saver) writes it: a whole model, or adapters beside one. [`Callback`]s hear of every step.
 
+pub mod adapter;
 pub mod arguments;
 pub mod buffer;
 pub mod card;
@@ -24,6 +25,7 @@ pub mod tasks;
 pub mod tensorboard;
 pub mod trainer;
 
+pub use adapter::AdapterSaver;
 pub use arguments::{OnNan, Resume, SaveDtype, Strategy, TrainingArguments};
 pub use checkpoint::{ModelSaver, Saver};
 pub use error::{Error, Result};

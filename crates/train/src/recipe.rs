@@ -15,9 +15,12 @@ use oxiformers_data::tasks::seq2seq::Seq2Seq;
 use oxiformers_data::tasks::text_classification::{Problem, TextClassification};
 use oxiformers_data::tasks::token_classification::TokenClassification as TokenText;
 use oxiformers_data::tasks::{Objective, Texts};
-use oxiformers_data::{BadData, CacheOptions, Dataset, Format, Progress, SampleBy, TokenCache, find, prepare};
+use oxiformers_data::{
+    BadData, CacheOptions, Dataset, Format, Progress, SampleBy, TokenCache, find, prepare,
+};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::DType;
+use oxiformers_models::nn::quant::{MethodOptions, QuantizationConfig};
 use oxiformers_models::nn::{LoadOptions, Parameters};
 use oxiformers_models::tasks::{
     MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification,
@@ -25,13 +28,17 @@ use oxiformers_models::tasks::{
 use oxiformers_models::{
     AutoConfig, AutoModelFor, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Labels, ProblemType,
 };
+use oxiformers_peft::Adapter;
 use oxiformers_processors::{ChatTemplate, Tokenizer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::adapter::{self, AdapterSaver};
 use crate::arguments::SaveDtype;
 use crate::tasks::{CausalLanguageModeling, Seq2SeqLanguageModeling, TextTask, TrainedHead};
-use crate::{Callback, Error, ModelSaver, Plan, Result, Task, TrainOutput, Trained, Trainer, TrainingArguments};
+use crate::{
+    Callback, Error, ModelSaver, Plan, Result, Task, TrainOutput, Trained, Trainer, TrainingArguments,
+};
 
 /// What is learned, by the names of recipes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +91,10 @@ pub struct ModelSection {
     pub ignore_mismatched_sizes: bool,
     /// Only tensors are trained whose names contain one of these; all where empty.
     pub trainable: Vec<String>,
+    /// An adapter that is trained instead of the model: the fields of PEFT's `adapter_config.json`.
+    pub adapter: Option<Map<String, Value>>,
+    /// How linear layers are quantized while the model is loaded, for an adapter over them: `nf4`, `int8`, … (QLoRA).
+    pub quantize: Option<String>,
 }
 
 /// The data, and what is made of it.
@@ -292,13 +303,17 @@ impl Recipe {
     /// # Errors
     /// Names the field that is unknown, missing or of another kind.
     pub fn from_json(json: Value) -> Result<Self> {
-        serde_json::from_value(json).map_err(|error| Error::config("recipe", format!("cannot be read: {error}")))
+        serde_json::from_value(json)
+            .map_err(|error| Error::config("recipe", format!("cannot be read: {error}")))
     }
 
     /// The names of all values besides the arguments, with their tables: `data.train`.
     pub fn names() -> Vec<String> {
         let keys = |table: &str, value: serde_json::Result<Value>| match value {
-            Ok(Value::Object(map)) => map.into_iter().map(|(name, _)| format!("{table}.{name}")).collect(),
+            Ok(Value::Object(map)) => map
+                .into_iter()
+                .map(|(name, _)| format!("{table}.{name}"))
+                .collect(),
             _ => Vec::new(),
         };
         [
@@ -315,13 +330,21 @@ impl Recipe {
     /// Whatever does not fit is named.
     pub fn prepare(&self, mut around: Surroundings) -> Result<Box<dyn Job>> {
         let arguments = TrainingArguments::from_json(self.training.clone())?;
-        let files = self.model.name.as_deref().map(|name| (around.resolve)(name)).transpose()?;
+        let files = self
+            .model
+            .name
+            .as_deref()
+            .map(|name| (around.resolve)(name))
+            .transpose()?;
         let of_tokenizer = match &self.model.tokenizer {
             Some(name) => Some((around.resolve)(name)?),
             None => files.clone(),
         };
         let of_tokenizer = of_tokenizer.ok_or_else(|| {
-            Error::config("model.tokenizer", "must be given for a new model: a folder with tokenizer.json")
+            Error::config(
+                "model.tokenizer",
+                "must be given for a new model: a folder with tokenizer.json",
+            )
         })?;
         let tokenizer = Tokenizer::from_files(&of_tokenizer).map_err(oxiformers_data::Error::from)?;
         let config = self.config(files.as_ref(), &tokenizer)?;
@@ -352,7 +375,10 @@ impl Recipe {
                     ("vocab_size", Some(tokenizer.vocab_size() as u32)),
                     ("bos_token_id", tokenizer.bos_token_id()),
                     ("eos_token_id", tokenizer.eos_token_id()),
-                    ("pad_token_id", tokenizer.pad_token_id().or(tokenizer.eos_token_id())),
+                    (
+                        "pad_token_id",
+                        tokenizer.pad_token_id().or(tokenizer.eos_token_id()),
+                    ),
                 ];
                 for (name, id) in ids {
                     if let Some(id) = id.filter(|_| !fields.contains_key(name)) {
@@ -379,10 +405,20 @@ impl Recipe {
             (TaskName::Seq2seqLm | TaskName::Denoising, "marian") => "MTModel",
             (TaskName::Seq2seqLm | TaskName::Denoising, _) => "ForConditionalGeneration",
         };
-        let labelled = matches!(self.task, TaskName::TextClassification | TaskName::TokenClassification);
+        let labelled = matches!(
+            self.task,
+            TaskName::TextClassification | TaskName::TokenClassification
+        );
         let labels = self.model.labels.as_deref().filter(|_| labelled);
-        if labelled && labels.is_none() && config.json.get("id2label").is_none() && self.model.problem_type != Some(ProblemType::Regression) {
-            return Err(Error::config("model.labels", "must name the classes: the model does not know any"));
+        if labelled
+            && labels.is_none()
+            && config.json.get("id2label").is_none()
+            && self.model.problem_type != Some(ProblemType::Regression)
+        {
+            return Err(Error::config(
+                "model.labels",
+                "must name the classes: the model does not know any",
+            ));
         }
         let one = ["value".to_string()];
         let labels = match (labels, self.model.problem_type) {
@@ -399,7 +435,10 @@ impl Recipe {
         match (said, self.data.block_size) {
             (None, Some(_)) => None,
             (Some(said), _) => Some(said),
-            (None, None) => [model, tokenizer.config().model_max_length].into_iter().flatten().min(),
+            (None, None) => [model, tokenizer.config().model_max_length]
+                .into_iter()
+                .flatten()
+                .min(),
         }
     }
 
@@ -409,13 +448,24 @@ impl Recipe {
         let names = || (0..labels.len()).map(|id| labels.label(id)).collect::<Vec<_>>();
         Ok(match self.task {
             TaskName::CausalLm => {
-                let source = match (&data.messages_column, &data.prompt_column, &data.completion_column) {
+                let source = match (
+                    &data.messages_column,
+                    &data.prompt_column,
+                    &data.completion_column,
+                ) {
                     (Some(messages), None, None) => {
-                        let template = ChatTemplate::from_files(files, &texts.tokenizer).map_err(oxiformers_data::Error::from)?;
+                        let template = ChatTemplate::from_files(files, &texts.tokenizer)
+                            .map_err(oxiformers_data::Error::from)?;
                         let template = template.ok_or_else(|| {
-                            Error::config("data.messages_column", "needs a chat template, and the model has none")
+                            Error::config(
+                                "data.messages_column",
+                                "needs a chat template, and the model has none",
+                            )
                         })?;
-                        Source::Chat { messages: messages.clone(), template }
+                        Source::Chat {
+                            messages: messages.clone(),
+                            template,
+                        }
                     }
                     (None, Some(prompt), Some(completion)) => Source::Completion {
                         prompt: prompt.clone(),
@@ -423,7 +473,8 @@ impl Recipe {
                     },
                     (None, None, None) => Source::Text(data.text_column.clone()),
                     _ => {
-                        let message = "and `completion_column` belong together, and not beside `messages_column`";
+                        let message =
+                            "and `completion_column` belong together, and not beside `messages_column`";
                         return Err(Error::config("data.prompt_column", message));
                     }
                 };
@@ -474,7 +525,10 @@ impl Recipe {
                 label_column: data.label_column.clone(),
             }),
             TaskName::Seq2seqLm => Arc::new(Seq2Seq {
-                target: texts.tokenizer.for_target(None).map_err(oxiformers_data::Error::from)?,
+                target: texts
+                    .tokenizer
+                    .for_target(None)
+                    .map_err(oxiformers_data::Error::from)?,
                 texts,
                 source_column: data.source_column.clone(),
                 target_column: data.target_column.clone(),
@@ -482,16 +536,35 @@ impl Recipe {
                 max_target_length: data.max_target_length,
             }),
             TaskName::Denoising => Arc::new(match config.model_type.as_str() {
-                "t5" | "mt5" | "umt5" => {
-                    Denoising::spans(texts, &data.text_column, data.noise_density, data.mean_noise_span_length)?
-                }
-                _ => Denoising::infilling(texts, &data.text_column, data.noise_density, data.mean_noise_span_length)?,
+                "t5" | "mt5" | "umt5" => Denoising::spans(
+                    texts,
+                    &data.text_column,
+                    data.noise_density,
+                    data.mean_noise_span_length,
+                )?,
+                _ => Denoising::infilling(
+                    texts,
+                    &data.text_column,
+                    data.noise_density,
+                    data.mean_noise_span_length,
+                )?,
             }),
         })
     }
 
-    fn cache(&self, objective: &dyn Objective, named: &OneOrMany, around: &mut Surroundings, folder: &PathBuf) -> Result<TokenCache> {
-        let format = self.data.format.as_deref().map(str::parse::<Format>).transpose()?;
+    fn cache(
+        &self,
+        objective: &dyn Objective,
+        named: &OneOrMany,
+        around: &mut Surroundings,
+        folder: &PathBuf,
+    ) -> Result<TokenCache> {
+        let format = self
+            .data
+            .format
+            .as_deref()
+            .map(str::parse::<Format>)
+            .transpose()?;
         let options = CacheOptions {
             folder: folder.clone(),
             sample_by: self.data.sample_by.parse::<SampleBy>()?,
@@ -509,7 +582,11 @@ impl Recipe {
         arguments: &TrainingArguments,
         around: &mut Surroundings,
     ) -> Result<(Dataset, Option<Dataset>)> {
-        let folder = self.data.cache.clone().unwrap_or_else(|| arguments.output_dir.join("cache"));
+        let folder = self
+            .data
+            .cache
+            .clone()
+            .unwrap_or_else(|| arguments.output_dir.join("cache"));
         let dataset = |cache: TokenCache| match self.data.block_size {
             Some(size) => Dataset::blocks(cache, size, self.data.packing),
             None => Ok(Dataset::new(cache)),
@@ -519,17 +596,27 @@ impl Recipe {
             let eval = dataset(self.cache(objective, eval, around, &folder)?)?.take(most);
             return Ok((eval.clone(), Some(eval)));
         }
-        let train = self.data.train.as_ref().ok_or_else(|| Error::config("data.train", "must name files of records"))?;
+        let train = self
+            .data
+            .train
+            .as_ref()
+            .ok_or_else(|| Error::config("data.train", "must name files of records"))?;
         let train = dataset(self.cache(objective, train, around, &folder)?)?;
         let (train, eval) = match (&self.data.eval, self.data.eval_split) {
-            (Some(eval), _) => (train, Some(dataset(self.cache(objective, eval, around, &folder)?)?)),
+            (Some(eval), _) => (
+                train,
+                Some(dataset(self.cache(objective, eval, around, &folder)?)?),
+            ),
             (None, 0.0) => (train, None),
             (None, share) if share > 0.0 && share < 1.0 => {
                 let (train, eval) = train.split(share, arguments.data_seed.unwrap_or(arguments.seed));
                 (train, Some(eval))
             }
             (None, share) => {
-                return Err(Error::config("data.eval_split", format!("is {share}; it must lie from 0 to below 1")));
+                return Err(Error::config(
+                    "data.eval_split",
+                    format!("is {share}; it must lie from 0 to below 1"),
+                ));
             }
         };
         Ok((train, eval.map(|eval| eval.take(most))))
@@ -553,21 +640,21 @@ impl Build<'_> {
         match self.recipe.task {
             TaskName::CausalLm => {
                 let task = CausalLanguageModeling::new(objective, &self.config);
-                let (parameters, options) = self.options();
+                let (parameters, options, adapter) = self.options()?;
                 let model = match &self.files {
                     Some(files) => AutoModelForCausalLM::from_files(&self.with_config(files)?, &options)?,
                     None => AutoModelForCausalLM::from_config(self.config.clone(), &options)?,
                 };
-                self.trainer(task, model, parameters)
+                self.trainer(task, model, parameters, adapter)
             }
             TaskName::Seq2seqLm | TaskName::Denoising => {
                 let task = Seq2SeqLanguageModeling::new(objective, &self.config)?;
-                let (parameters, options) = self.options();
+                let (parameters, options, adapter) = self.options()?;
                 let model = match &self.files {
                     Some(files) => AutoModelForSeq2SeqLM::from_files(&self.with_config(files)?, &options)?,
                     None => AutoModelForSeq2SeqLM::from_config(self.config.clone(), &options)?,
                 };
-                self.trainer(task, model, parameters)
+                self.trainer(task, model, parameters, adapter)
             }
             TaskName::MaskedLm => self.head::<MaskedLM>(objective),
             TaskName::TextClassification => self.head::<SequenceClassification>(objective),
@@ -579,16 +666,43 @@ impl Build<'_> {
 
     fn head<T: TrainedHead>(self, objective: Arc<dyn Objective>) -> Result<Box<dyn Job>> {
         let task = TextTask::new(objective, &self.config)?;
-        let (parameters, options) = self.options();
+        let (parameters, options, adapter) = self.options()?;
         let model = match &self.files {
             Some(files) => AutoModelFor::<T>::from_files(&self.with_config(files)?, &options)?,
             None => AutoModelFor::<T>::from_config(self.config.clone(), &options)?,
         };
-        self.trainer(task.with_head::<T>(), model, parameters)
+        self.trainer(task.with_head::<T>(), model, parameters, adapter)
     }
 
-    fn options(&self) -> (Arc<Parameters>, LoadOptions) {
-        let chosen = self.recipe.model.trainable.clone();
+    /// What is trained, how the model is loaded, and the adapter if there is one.
+    fn options(&self) -> Result<(Arc<Parameters>, LoadOptions, Option<Arc<Adapter>>)> {
+        let section = &self.recipe.model;
+        let seed = self.arguments.seed;
+        let adapter = match &section.adapter {
+            Some(fields) => {
+                let base = section.name.as_deref().unwrap_or_default();
+                let (task, model_type) = (self.recipe.task, self.config.model_type.as_str());
+                Some(Arc::new(adapter::from_recipe(
+                    fields, task, model_type, base, seed,
+                )?))
+            }
+            None => None,
+        };
+        let quantization = match (&section.quantize, &adapter) {
+            (None, _) => None,
+            (Some(name), Some(_)) => {
+                let config = QuantizationConfig::named(name, &MethodOptions::default())
+                    .map_err(|error| Error::config("model.quantize", error.to_string()))?;
+                Some(Arc::new(config.into()))
+            }
+            (Some(_), None) => {
+                return Err(Error::config(
+                    "model.quantize",
+                    "needs `model.adapter`: weights that are quantized are not trained",
+                ));
+            }
+        };
+        let chosen = section.trainable.clone();
         let parameters = Arc::new(match chosen.is_empty() {
             true => Parameters::all(),
             false => Parameters::only(move |name| chosen.iter().any(|part| name.contains(part))),
@@ -599,10 +713,12 @@ impl Build<'_> {
             parameters: Some(parameters.clone()),
             new_heads: true,
             ignore_mismatched_sizes: self.recipe.model.ignore_mismatched_sizes,
-            seed: self.arguments.seed,
+            seed,
+            adapters: adapter.iter().map(|adapter| adapter.clone() as _).collect(),
+            quantization,
             ..LoadOptions::default()
         };
-        (parameters, options)
+        Ok((parameters, options, adapter))
     }
 
     /// The files of a checkpoint with the configuration of this task.
@@ -611,20 +727,32 @@ impl Build<'_> {
         Ok(files.with_file("config.json", json.into()))
     }
 
-    fn trainer<T: Task + 'static>(self, task: T, model: T::Model, parameters: Arc<Parameters>) -> Result<Box<dyn Job>> {
+    fn trainer<T: Task + 'static>(
+        self,
+        task: T,
+        model: T::Model,
+        parameters: Arc<Parameters>,
+    ) -> Result<Box<dyn Job>> {
         let saver = ModelSaver {
             config: self.config.json.clone(),
-            files: Some(self.of_tokenizer),
+            files: Some(self.of_tokenizer.clone()),
             dtype: match self.arguments.save_dtype {
                 SaveDtype::Float32 => DType::F32,
                 SaveDtype::Bfloat16 => DType::BF16,
                 SaveDtype::Float16 => DType::F16,
             },
         };
+        let saver: Box<dyn Saver> = match adapter {
+            Some(adapter) => Box::new(AdapterSaver {
+                adapter,
+                files: self.of_tokenizer,
+            }),
+            None => Box::new(whole),
+        };
         let trained = Trained {
             model,
             parameters,
-            saver: Box::new(saver),
+            saver,
         };
         let trainer = Trainer::new(self.arguments, task, trained, self.train, self.eval)?;
         Ok(Box::new(trainer))

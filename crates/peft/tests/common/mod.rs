@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use burn::module::{Module, ModuleVisitor};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::{Checkpoint, DType};
@@ -138,14 +139,33 @@ pub enum Model {
 
 impl Model {
     pub fn load(base_name: &str, options: &LoadOptions) -> Result<Self, oxiformers_models::Error> {
-        let files = base(base_name);
+        Self::from_files(base_name, &base(base_name), options)
+    }
+
+    pub fn from_files(
+        base_name: &str,
+        files: &ModelFiles,
+        options: &LoadOptions,
+    ) -> Result<Self, oxiformers_models::Error> {
         Ok(if base_name.starts_with("encoders/") {
-            Self::Classifier(AutoModelForSequenceClassification::from_files(&files, options)?)
+            Self::Classifier(AutoModelForSequenceClassification::from_files(files, options)?)
         } else if base_name.starts_with("seq2seq/") {
-            Self::Seq2Seq(AutoModelForSeq2SeqLM::from_files(&files, options)?)
+            Self::Seq2Seq(AutoModelForSeq2SeqLM::from_files(files, options)?)
         } else {
-            Self::Causal(AutoModelForCausalLM::from_files(&files, options)?)
+            Self::Causal(AutoModelForCausalLM::from_files(files, options)?)
         })
+    }
+
+    /// Visits its parameters.
+    pub fn visit(&self, visitor: &mut impl ModuleVisitor) {
+        match self {
+            Self::Causal(model) => model.decoder.visit(visitor),
+            Self::Seq2Seq(model) => model.model.visit(visitor),
+            Self::Classifier(model) => {
+                model.encoder.visit(visitor);
+                model.head.visit(visitor);
+            }
+        }
     }
 
     /// Logits of a reference's inputs: `[rows, classes]`.
