@@ -653,7 +653,14 @@ impl Weights {
             });
         }
         lock(&self.shared.params).push((id, full));
-        Param::initialized(id, if self.trains() { tensor.require_grad() } else { tensor })
+        Param::initialized(
+            id,
+            if self.trains() {
+                tensor.require_grad()
+            } else {
+                tensor
+            },
+        )
     }
 
     fn fresh<const D: usize>(&self, shape: [usize; D], init: Init) -> Tensor<D> {
