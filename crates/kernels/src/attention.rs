@@ -309,18 +309,34 @@ mod tests {
             seen_of(&visible(None), 4, 4),
             ["1000", "1100", "0010", "0011", "1000", "0100", "0110", "0111"]
         );
-        assert_eq!(seen_of(&visible(Some(2)), 4, 4)[4..], ["1000", "0100", "0110", "0011"]);
+        assert_eq!(
+            seen_of(&visible(Some(2)), 4, 4)[4..],
+            ["1000", "0100", "0110", "0011"]
+        );
     }
 
     #[test]
     fn segments_like_the_reference() {
-        let starts = |cuts: &[usize]| (0..90).map(|at| cuts.iter().rev().find(|cut| **cut <= at).map_or(0, |cut| *cut));
+        let starts = |cuts: &[usize]| {
+            (0..90).map(|at| cuts.iter().rev().find(|cut| **cut <= at).map_or(0, |cut| *cut))
+        };
         let mask = Mask::new(Visible::Segments {
             starts: vec![starts(&[0, 3, 40, 41]).collect(), starts(&[0, 70]).collect()],
             window: None,
         });
-        let qkv = || [noise(1, [2, 4, 90, 16]), noise(2, [2, 2, 90, 16]), noise(3, [2, 2, 90, 16])];
-        let slow = attention(qkv().map(tracked), &mask, ScoreBias::default(), AttentionOptions::default());
+        let qkv = || {
+            [
+                noise(1, [2, 4, 90, 16]),
+                noise(2, [2, 2, 90, 16]),
+                noise(3, [2, 2, 90, 16]),
+            ]
+        };
+        let slow = attention(
+            qkv().map(tracked),
+            &mask,
+            ScoreBias::default(),
+            AttentionOptions::default(),
+        );
         let fast = attention(qkv(), &mask, ScoreBias::default(), AttentionOptions::default());
         assert!(worst(fast, slow) < 1e-5);
     }

@@ -122,7 +122,11 @@ impl<'a> Context<'a> {
             return vec![row(0)];
         };
         if !cache.segments().is_empty() {
-            let row = |starts: &Vec<usize>| (starts.iter().enumerate()).map(|(at, start)| at - start).collect();
+            let row = |starts: &Vec<usize>| {
+                (starts.iter().enumerate())
+                    .map(|(at, start)| at - start)
+                    .collect()
+            };
             return cache.segments().iter().map(row).collect();
         }
         let padding = cache.padding();

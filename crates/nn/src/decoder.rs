@@ -6,8 +6,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::{
-    Backbone, Cache, CacheKind, Context, Embedding, EncoderInputs, EncoderOutput, Linear, Norm, Positions, Result, Role,
-    Stack, Weights,
+    Backbone, Cache, CacheKind, Context, Embedding, EncoderInputs, EncoderOutput, Linear, Norm, Positions,
+    Result, Role, Stack, Weights,
 };
 
 /// One layer of a decoder.

@@ -539,7 +539,11 @@ impl Weights {
         if let Some(matrix) = self.stored_module(&full, shape)? {
             return Ok(matrix);
         }
-        let stored = if turned { shape } else { [in_features, out_features] };
+        let stored = if turned {
+            shape
+        } else {
+            [in_features, out_features]
+        };
         let Some(mut view) = self.take(&full, &stored)? else {
             return Ok(self.fresh_matrix(&full, &slot, shape));
         };

@@ -1,7 +1,7 @@
 //! A training as a file says it: the task, the model, the data and the arguments.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -15,7 +15,9 @@ use oxiformers_data::tasks::seq2seq::Seq2Seq;
 use oxiformers_data::tasks::text_classification::{Problem, TextClassification};
 use oxiformers_data::tasks::token_classification::TokenClassification as TokenText;
 use oxiformers_data::tasks::{Objective, Texts};
-use oxiformers_data::{BadData, CacheOptions, Dataset, Format, Progress, SampleBy, TokenCache, find, prepare};
+use oxiformers_data::{
+    BadData, CacheOptions, Dataset, Format, Progress, SampleBy, TokenCache, find, prepare,
+};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::DType;
 use oxiformers_models::nn::{LoadOptions, Parameters};
@@ -31,7 +33,9 @@ use serde_json::{Map, Value, json};
 
 use crate::arguments::SaveDtype;
 use crate::tasks::{CausalLanguageModeling, Seq2SeqLanguageModeling, TextTask, TrainedHead};
-use crate::{Callback, Error, ModelSaver, Plan, Result, Task, TrainOutput, Trained, Trainer, TrainingArguments};
+use crate::{
+    Callback, Error, ModelSaver, Plan, Result, Task, TrainOutput, Trained, Trainer, TrainingArguments,
+};
 
 /// What is learned, by the names of recipes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,7 +76,7 @@ impl OneOrMany {
 pub struct ModelSection {
     /// The checkpoint to begin with; without it, `config` says what is built anew.
     pub name: Option<String>,
-    /// The fields of `config.json` of a new model.
+    /// The fields of `config.json` of a new model, or those in which it differs from the checkpoint's.
     pub config: Option<Map<String, Value>>,
     /// Where the tokenizer is, if not with the model.
     pub tokenizer: Option<String>,
@@ -225,7 +229,7 @@ pub trait Job {
     ///
     /// # Errors
     /// As there.
-    fn save_model(&self, folder: &std::path::Path) -> Result<()>;
+    fn save_model(&self, folder: &Path) -> Result<()>;
     /// Lets somebody watch.
     fn watch(&mut self, callback: Box<dyn Callback>);
     /// After the step during which this becomes true, the training stops.
@@ -253,7 +257,7 @@ impl<T: Task> Job for Trainer<T> {
         self.measure_blocking()
     }
 
-    fn save_model(&self, folder: &std::path::Path) -> Result<()> {
+    fn save_model(&self, folder: &Path) -> Result<()> {
         self.save_model_blocking(folder)
     }
 
@@ -292,13 +296,17 @@ impl Recipe {
     /// # Errors
     /// Names the field that is unknown, missing or of another kind.
     pub fn from_json(json: Value) -> Result<Self> {
-        serde_json::from_value(json).map_err(|error| Error::config("recipe", format!("cannot be read: {error}")))
+        serde_json::from_value(json)
+            .map_err(|error| Error::config("recipe", format!("cannot be read: {error}")))
     }
 
     /// The names of all values besides the arguments, with their tables: `data.train`.
     pub fn names() -> Vec<String> {
         let keys = |table: &str, value: serde_json::Result<Value>| match value {
-            Ok(Value::Object(map)) => map.into_iter().map(|(name, _)| format!("{table}.{name}")).collect(),
+            Ok(Value::Object(map)) => map
+                .into_iter()
+                .map(|(name, _)| format!("{table}.{name}"))
+                .collect(),
             _ => Vec::new(),
         };
         [
@@ -315,13 +323,21 @@ impl Recipe {
     /// Whatever does not fit is named.
     pub fn prepare(&self, mut around: Surroundings) -> Result<Box<dyn Job>> {
         let arguments = TrainingArguments::from_json(self.training.clone())?;
-        let files = self.model.name.as_deref().map(|name| (around.resolve)(name)).transpose()?;
+        let files = self
+            .model
+            .name
+            .as_deref()
+            .map(|name| (around.resolve)(name))
+            .transpose()?;
         let of_tokenizer = match &self.model.tokenizer {
             Some(name) => Some((around.resolve)(name)?),
             None => files.clone(),
         };
         let of_tokenizer = of_tokenizer.ok_or_else(|| {
-            Error::config("model.tokenizer", "must be given for a new model: a folder with tokenizer.json")
+            Error::config(
+                "model.tokenizer",
+                "must be given for a new model: a folder with tokenizer.json",
+            )
         })?;
         let tokenizer = Tokenizer::from_files(&of_tokenizer).map_err(oxiformers_data::Error::from)?;
         let config = self.config(files.as_ref(), &tokenizer)?;
@@ -346,13 +362,23 @@ impl Recipe {
     fn config(&self, files: Option<&ModelFiles>, tokenizer: &Tokenizer) -> Result<AutoConfig> {
         let config = match (files, &self.model.config) {
             (Some(files), None) => AutoConfig::from_files(files)?,
+            (Some(files), Some(changed)) => {
+                let mut json = AutoConfig::from_files(files)?.json;
+                if let Some(fields) = json.as_object_mut() {
+                    fields.extend(changed.clone());
+                }
+                AutoConfig::from_json(json, files.name())?
+            }
             (None, Some(fields)) => {
                 let mut fields = fields.clone();
                 let ids = [
                     ("vocab_size", Some(tokenizer.vocab_size() as u32)),
                     ("bos_token_id", tokenizer.bos_token_id()),
                     ("eos_token_id", tokenizer.eos_token_id()),
-                    ("pad_token_id", tokenizer.pad_token_id().or(tokenizer.eos_token_id())),
+                    (
+                        "pad_token_id",
+                        tokenizer.pad_token_id().or(tokenizer.eos_token_id()),
+                    ),
                 ];
                 for (name, id) in ids {
                     if let Some(id) = id.filter(|_| !fields.contains_key(name)) {
@@ -361,10 +387,10 @@ impl Recipe {
                 }
                 AutoConfig::from_json(Value::Object(fields), "model.config")?
             }
-            _ => {
+            (None, None) => {
                 return Err(Error::config(
                     "model",
-                    "needs either `name`, a checkpoint to begin with, or `config`, the fields of a new model",
+                    "needs `name`, a checkpoint to begin with, or `config`, the fields of a new model",
                 ));
             }
         };
@@ -379,10 +405,20 @@ impl Recipe {
             (TaskName::Seq2seqLm | TaskName::Denoising, "marian") => "MTModel",
             (TaskName::Seq2seqLm | TaskName::Denoising, _) => "ForConditionalGeneration",
         };
-        let labelled = matches!(self.task, TaskName::TextClassification | TaskName::TokenClassification);
+        let labelled = matches!(
+            self.task,
+            TaskName::TextClassification | TaskName::TokenClassification
+        );
         let labels = self.model.labels.as_deref().filter(|_| labelled);
-        if labelled && labels.is_none() && config.json.get("id2label").is_none() && self.model.problem_type != Some(ProblemType::Regression) {
-            return Err(Error::config("model.labels", "must name the classes: the model does not know any"));
+        if labelled
+            && labels.is_none()
+            && config.json.get("id2label").is_none()
+            && self.model.problem_type != Some(ProblemType::Regression)
+        {
+            return Err(Error::config(
+                "model.labels",
+                "must name the classes: the model does not know any",
+            ));
         }
         let one = ["value".to_string()];
         let labels = match (labels, self.model.problem_type) {
@@ -392,14 +428,26 @@ impl Recipe {
         Ok(config.for_task(class, labels, self.model.problem_type.filter(|_| labelled))?)
     }
 
+    /// The size of blocks, where texts are joined at all.
+    fn block_size(&self) -> Option<usize> {
+        let joins = matches!(
+            self.task,
+            TaskName::CausalLm | TaskName::MaskedLm | TaskName::Denoising
+        );
+        self.data.block_size.filter(|_| joins)
+    }
+
     fn max_length(&self, config: &AutoConfig, tokenizer: &Tokenizer) -> Option<usize> {
         let said = self.data.max_length;
         let model = config.architecture.max_position_embeddings();
         // Texts that are cut into blocks are of any length.
-        match (said, self.data.block_size) {
+        match (said, self.block_size()) {
             (None, Some(_)) => None,
             (Some(said), _) => Some(said),
-            (None, None) => [model, tokenizer.config().model_max_length].into_iter().flatten().min(),
+            (None, None) => [model, tokenizer.config().model_max_length]
+                .into_iter()
+                .flatten()
+                .min(),
         }
     }
 
@@ -409,13 +457,24 @@ impl Recipe {
         let names = || (0..labels.len()).map(|id| labels.label(id)).collect::<Vec<_>>();
         Ok(match self.task {
             TaskName::CausalLm => {
-                let source = match (&data.messages_column, &data.prompt_column, &data.completion_column) {
+                let source = match (
+                    &data.messages_column,
+                    &data.prompt_column,
+                    &data.completion_column,
+                ) {
                     (Some(messages), None, None) => {
-                        let template = ChatTemplate::from_files(files, &texts.tokenizer).map_err(oxiformers_data::Error::from)?;
+                        let template = ChatTemplate::from_files(files, &texts.tokenizer)
+                            .map_err(oxiformers_data::Error::from)?;
                         let template = template.ok_or_else(|| {
-                            Error::config("data.messages_column", "needs a chat template, and the model has none")
+                            Error::config(
+                                "data.messages_column",
+                                "needs a chat template, and the model has none",
+                            )
                         })?;
-                        Source::Chat { messages: messages.clone(), template }
+                        Source::Chat {
+                            messages: messages.clone(),
+                            template,
+                        }
                     }
                     (None, Some(prompt), Some(completion)) => Source::Completion {
                         prompt: prompt.clone(),
@@ -423,7 +482,8 @@ impl Recipe {
                     },
                     (None, None, None) => Source::Text(data.text_column.clone()),
                     _ => {
-                        let message = "and `completion_column` belong together, and not beside `messages_column`";
+                        let message =
+                            "and `completion_column` belong together, and not beside `messages_column`";
                         return Err(Error::config("data.prompt_column", message));
                     }
                 };
@@ -474,7 +534,10 @@ impl Recipe {
                 label_column: data.label_column.clone(),
             }),
             TaskName::Seq2seqLm => Arc::new(Seq2Seq {
-                target: texts.tokenizer.for_target(None).map_err(oxiformers_data::Error::from)?,
+                target: texts
+                    .tokenizer
+                    .for_target(None)
+                    .map_err(oxiformers_data::Error::from)?,
                 texts,
                 source_column: data.source_column.clone(),
                 target_column: data.target_column.clone(),
@@ -482,18 +545,37 @@ impl Recipe {
                 max_target_length: data.max_target_length,
             }),
             TaskName::Denoising => Arc::new(match config.model_type.as_str() {
-                "t5" | "mt5" | "umt5" => {
-                    Denoising::spans(texts, &data.text_column, data.noise_density, data.mean_noise_span_length)?
-                }
-                _ => Denoising::infilling(texts, &data.text_column, data.noise_density, data.mean_noise_span_length)?,
+                "t5" | "mt5" | "umt5" => Denoising::spans(
+                    texts,
+                    &data.text_column,
+                    data.noise_density,
+                    data.mean_noise_span_length,
+                )?,
+                _ => Denoising::infilling(
+                    texts,
+                    &data.text_column,
+                    data.noise_density,
+                    data.mean_noise_span_length,
+                )?,
             }),
         })
     }
 
-    fn cache(&self, objective: &dyn Objective, named: &OneOrMany, around: &mut Surroundings, folder: &PathBuf) -> Result<TokenCache> {
-        let format = self.data.format.as_deref().map(str::parse::<Format>).transpose()?;
+    fn cache(
+        &self,
+        objective: &dyn Objective,
+        named: &OneOrMany,
+        around: &mut Surroundings,
+        folder: &Path,
+    ) -> Result<TokenCache> {
+        let format = self
+            .data
+            .format
+            .as_deref()
+            .map(str::parse::<Format>)
+            .transpose()?;
         let options = CacheOptions {
-            folder: folder.clone(),
+            folder: folder.to_path_buf(),
             sample_by: self.data.sample_by.parse::<SampleBy>()?,
             bad_data: self.data.bad_data,
             max_records: self.data.max_records,
@@ -509,8 +591,12 @@ impl Recipe {
         arguments: &TrainingArguments,
         around: &mut Surroundings,
     ) -> Result<(Dataset, Option<Dataset>)> {
-        let folder = self.data.cache.clone().unwrap_or_else(|| arguments.output_dir.join("cache"));
-        let dataset = |cache: TokenCache| match self.data.block_size {
+        let folder = self
+            .data
+            .cache
+            .clone()
+            .unwrap_or_else(|| arguments.output_dir.join("cache"));
+        let dataset = |cache: TokenCache| match self.block_size() {
             Some(size) => Dataset::blocks(cache, size, self.data.packing),
             None => Ok(Dataset::new(cache)),
         };
@@ -519,17 +605,27 @@ impl Recipe {
             let eval = dataset(self.cache(objective, eval, around, &folder)?)?.take(most);
             return Ok((eval.clone(), Some(eval)));
         }
-        let train = self.data.train.as_ref().ok_or_else(|| Error::config("data.train", "must name files of records"))?;
+        let train = self
+            .data
+            .train
+            .as_ref()
+            .ok_or_else(|| Error::config("data.train", "must name files of records"))?;
         let train = dataset(self.cache(objective, train, around, &folder)?)?;
         let (train, eval) = match (&self.data.eval, self.data.eval_split) {
-            (Some(eval), _) => (train, Some(dataset(self.cache(objective, eval, around, &folder)?)?)),
+            (Some(eval), _) => (
+                train,
+                Some(dataset(self.cache(objective, eval, around, &folder)?)?),
+            ),
             (None, 0.0) => (train, None),
             (None, share) if share > 0.0 && share < 1.0 => {
                 let (train, eval) = train.split(share, arguments.data_seed.unwrap_or(arguments.seed));
                 (train, Some(eval))
             }
             (None, share) => {
-                return Err(Error::config("data.eval_split", format!("is {share}; it must lie from 0 to below 1")));
+                return Err(Error::config(
+                    "data.eval_split",
+                    format!("is {share}; it must lie from 0 to below 1"),
+                ));
             }
         };
         Ok((train, eval.map(|eval| eval.take(most))))
@@ -611,7 +707,12 @@ impl Build<'_> {
         Ok(files.with_file("config.json", json.into()))
     }
 
-    fn trainer<T: Task + 'static>(self, task: T, model: T::Model, parameters: Arc<Parameters>) -> Result<Box<dyn Job>> {
+    fn trainer<T: Task + 'static>(
+        self,
+        task: T,
+        model: T::Model,
+        parameters: Arc<Parameters>,
+    ) -> Result<Box<dyn Job>> {
         let saver = ModelSaver {
             config: self.config.json.clone(),
             files: Some(self.of_tokenizer),
