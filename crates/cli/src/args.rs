@@ -671,7 +671,11 @@ pub struct RecipeArgs {
     #[arg(long, env = "OXIFORMERS_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// Any value of the recipe, by its name: --learning-rate 1e-4, --data.train more.jsonl, --output-dir out.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "--NAME VALUE")]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "--NAME VALUE"
+    )]
     pub values: Vec<String>,
 }
 

@@ -65,7 +65,12 @@ pub fn from_stdin(format: Format) -> anyhow::Result<Records> {
             "--format parquet: such a file cannot be read from a pipe; name it with --file"
         ));
     }
-    let records = oxiformers_data::read(std::io::stdin(), format.of_data(), SampleBy::Line, "standard input");
+    let records = oxiformers_data::read(
+        std::io::stdin(),
+        format.of_data(),
+        SampleBy::Line,
+        "standard input",
+    );
     Ok(values(records?))
 }
 

@@ -26,7 +26,8 @@ fn train(args: &TokenizerTrainArgs) -> anyhow::Result<()> {
     let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
     let files = find(&args.files, format)?;
     let bar = ProgressBar::new_spinner().with_style(
-        ProgressStyle::with_template("{spinner} {pos} texts, {per_sec}").unwrap_or_else(|_| ProgressStyle::default_spinner()),
+        ProgressStyle::with_template("{spinner} {pos} texts, {per_sec}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner()),
     );
     interrupt::watch();
     let records = files.iter().flat_map(|file| match file.records(SampleBy::Line) {
@@ -40,7 +41,9 @@ fn train(args: &TokenizerTrainArgs) -> anyhow::Result<()> {
         let record = record?;
         bar.inc(1);
         let found = text(&record.value, &args.text_column);
-        found.map(str::to_owned).map_err(|message| record.place.bad(message))
+        found
+            .map(str::to_owned)
+            .map_err(|message| record.place.bad(message))
     });
     let trained = training.train(texts)?;
     interrupt::unwatch();

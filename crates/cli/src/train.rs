@@ -12,7 +12,8 @@ use oxiformers::hub::{ModelFiles, Source, resolve};
 use oxiformers_data::Progress;
 use oxiformers_train::card::{self, About};
 use oxiformers_train::{
-    Callback, Event, Job, MetricsFile, Outcome, Recipe, Surroundings, TensorBoard, TrainerState, TrainingArguments,
+    Callback, Event, Job, MetricsFile, Outcome, Recipe, Surroundings, TensorBoard, TrainerState,
+    TrainingArguments,
 };
 use serde_json::{Map, Value, json};
 
@@ -59,7 +60,8 @@ fn values(words: &[String]) -> anyhow::Result<Vec<(String, Value)>> {
 fn parse(value: &str) -> Value {
     let line = toml::from_str::<Map<String, Value>>(&format!("value = {value}")).ok();
     let value_of = |mut line: Map<String, Value>| line.remove("value").filter(|_| line.is_empty());
-    line.and_then(value_of).unwrap_or_else(|| Value::String(value.to_string()))
+    line.and_then(value_of)
+        .unwrap_or_else(|| Value::String(value.to_string()))
 }
 
 /// Sets `table.name`, or a name that stands in one table only.
@@ -68,9 +70,16 @@ fn set(recipe: &mut Value, key: &str, value: Value) -> anyhow::Result<()> {
         true => key.to_string(),
         false => {
             let mut all = Recipe::names();
-            all.extend(TrainingArguments::names().into_iter().map(|name| format!("training.{name}")));
+            all.extend(
+                TrainingArguments::names()
+                    .into_iter()
+                    .map(|name| format!("training.{name}")),
+            );
             let ends = format!(".{key}");
-            let fitting: Vec<_> = all.iter().filter(|name| name.ends_with(&ends) && name.matches('.').count() == 1).collect();
+            let fitting: Vec<_> = all
+                .iter()
+                .filter(|name| name.ends_with(&ends) && name.matches('.').count() == 1)
+                .collect();
             match fitting.as_slice() {
                 [one] => (*one).clone(),
                 [] => bail!("--{key}: no recipe has such a value"),
@@ -103,7 +112,10 @@ fn prepare(args: &RecipeArgs, recipe: &Recipe, evaluation: bool) -> anyhow::Resu
     }
     let bar = indicatif::ProgressBar::new_spinner();
     let mut report = |progress: Progress| {
-        bar.set_message(format!("{} records, {} tokens", progress.records, progress.tokens));
+        bar.set_message(format!(
+            "{} records, {} tokens",
+            progress.records, progress.tokens
+        ));
         bar.tick();
         match interrupt::happened() {
             true => ControlFlow::Break(()),
@@ -124,7 +136,9 @@ fn prepare(args: &RecipeArgs, recipe: &Recipe, evaluation: bool) -> anyhow::Resu
 pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let mut recipe = recipe(&args.recipe)?;
     if args.resume {
-        recipe.training.insert("resume_from_checkpoint".to_string(), json!(true));
+        recipe
+            .training
+            .insert("resume_from_checkpoint".to_string(), json!(true));
     }
     interrupt::watch();
     let mut job = prepare(&args.recipe, &recipe, false)?;
@@ -153,23 +167,41 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         eprintln!(
             "stopped after step {}; `--resume` goes on from {}",
             result.global_step,
-            output.join(format!("checkpoint-{}", result.global_step)).display()
+            output
+                .join(format!("checkpoint-{}", result.global_step))
+                .display()
         );
         return Ok(());
     }
     job.save_model(&output)?;
     let about = About {
-        name: output.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned()),
+        name: output
+            .file_name()
+            .map_or("model".into(), |name| name.to_string_lossy().into_owned()),
         base_model: recipe.model.name.clone(),
-        task: serde_json::to_value(recipe.task)?.as_str().unwrap_or_default().to_string(),
+        task: serde_json::to_value(recipe.task)?
+            .as_str()
+            .unwrap_or_default()
+            .to_string(),
         data: data_names(&recipe)?,
     };
     let history = &job.state().log_history;
     let curves = ["loss", "eval_loss"].map(|name| (name, card::points(history, name)));
-    let curves: Vec<_> = curves.into_iter().filter(|(_, points)| !points.is_empty()).collect();
+    let curves: Vec<_> = curves
+        .into_iter()
+        .filter(|(_, points)| !points.is_empty())
+        .collect();
     write(&output.join(card::CURVE), &card::svg(&curves))?;
-    write(&output.join("README.md"), &card::card(&about, &plan, &arguments, job.state()))?;
-    println!("{}: {} steps, loss {:.4}", output.display(), result.global_step, result.training_loss);
+    write(
+        &output.join("README.md"),
+        &card::card(&about, &plan, &arguments, job.state()),
+    )?;
+    println!(
+        "{}: {} steps, loss {:.4}",
+        output.display(),
+        result.global_step,
+        result.training_loss
+    );
     let evaluated = history.iter().rev().find(|log| log.contains_key("eval_loss"));
     if let Some(log) = evaluated {
         println!("{}", line(log));
@@ -178,14 +210,18 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
 }
 
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
-    oxiformers_train::checkpoint::write_file(path, text.as_bytes()).with_context(|| path.display().to_string())
+    oxiformers_train::checkpoint::write_file(path, text.as_bytes())
+        .with_context(|| path.display().to_string())
 }
 
 fn data_names(recipe: &Recipe) -> anyhow::Result<Vec<String>> {
     let data = serde_json::to_value(&recipe.data)?;
     Ok(match &data["train"] {
         Value::String(one) => vec![one.clone()],
-        Value::Array(many) => many.iter().filter_map(|name| Some(name.as_str()?.to_string())).collect(),
+        Value::Array(many) => many
+            .iter()
+            .filter_map(|name| Some(name.as_str()?.to_string()))
+            .collect(),
         _ => Vec::new(),
     })
 }
@@ -197,11 +233,17 @@ fn dry_run(job: &mut dyn Job) -> anyhow::Result<()> {
         "parameters: {} trained of {}",
         plan.trainable_parameters, plan.all_parameters
     );
-    println!("examples: {}, for evaluation: {}", plan.examples, plan.eval_examples);
+    println!(
+        "examples: {}, for evaluation: {}",
+        plan.examples, plan.eval_examples
+    );
     println!("steps: {} ({} per epoch)", plan.max_steps, plan.steps_per_epoch);
     let seconds = job.measure()?;
     if let Some(peak) = peak_memory() {
-        println!("memory: {:.0} MiB at the peak of two steps", peak as f64 / (1 << 20) as f64);
+        println!(
+            "memory: {:.0} MiB at the peak of two steps",
+            peak as f64 / (1 << 20) as f64
+        );
     }
     println!(
         "time: {seconds:.3} s per step, {} in all, without evaluation and checkpoints",
@@ -249,7 +291,10 @@ fn line(log: &Map<String, Value>) -> String {
     };
     // The step first.
     let step = log.get("step").map(|step| format!("step {step}"));
-    let others = log.iter().filter(|(name, _)| *name != "step").map(|(name, value)| format!("{name} {}", number(value)));
+    let others = log
+        .iter()
+        .filter(|(name, _)| *name != "step")
+        .map(|(name, value)| format!("{name} {}", number(value)));
     step.into_iter().chain(others).collect::<Vec<_>>().join("  ")
 }
 
@@ -257,7 +302,12 @@ fn line(log: &Map<String, Value>) -> String {
 struct StopOnInterrupt(Arc<AtomicBool>);
 
 impl Callback for StopOnInterrupt {
-    fn on_event(&mut self, _: &Event, _: &TrainerState, _: &TrainingArguments) -> oxiformers_train::Result<()> {
+    fn on_event(
+        &mut self,
+        _: &Event,
+        _: &TrainerState,
+        _: &TrainingArguments,
+    ) -> oxiformers_train::Result<()> {
         if interrupt::happened() {
             self.0.store(true, Ordering::SeqCst);
         }
@@ -269,7 +319,12 @@ impl Callback for StopOnInterrupt {
 struct Lines;
 
 impl Callback for Lines {
-    fn on_event(&mut self, event: &Event, _: &TrainerState, _: &TrainingArguments) -> oxiformers_train::Result<()> {
+    fn on_event(
+        &mut self,
+        event: &Event,
+        _: &TrainerState,
+        _: &TrainingArguments,
+    ) -> oxiformers_train::Result<()> {
         match event {
             Event::Begin(plan) => eprintln!(
                 "{} steps over {} examples, {} of {} parameters trained{}",
@@ -297,7 +352,14 @@ mod tests {
 
     #[test]
     fn every_value_is_a_flag() {
-        let words = ["--learning-rate", "1e-4", "--data.train=[\"a.txt\", \"b.txt\"]", "--bf16", "--max-steps", "-1"];
+        let words = [
+            "--learning-rate",
+            "1e-4",
+            "--data.train=[\"a.txt\", \"b.txt\"]",
+            "--bf16",
+            "--max-steps",
+            "-1",
+        ];
         let words = words.map(str::to_string);
         let mut recipe = json!({"task": "causal-lm"});
         for (key, value) in values(&words).expect("values") {
@@ -320,7 +382,10 @@ mod tests {
     #[test]
     fn logs_are_lines() {
         let log = json!({"loss": 1.25, "learning_rate": 5e-5, "epoch": 1.0, "step": 3});
-        assert_eq!(line(log.as_object().expect("log")), "step 3  loss 1.2500  learning_rate 5.000e-5  epoch 1");
+        assert_eq!(
+            line(log.as_object().expect("log")),
+            "step 3  loss 1.2500  learning_rate 5.000e-5  epoch 1"
+        );
         assert_eq!(duration(3725.0), "1 h 2 min");
     }
 }

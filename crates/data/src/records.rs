@@ -421,7 +421,9 @@ fn parquet_rows(file: File, name: &str) -> Result<Records> {
     }
 
     let open = || SerializedFileReader::new(file);
-    let mut rows = read(open).map_err(|error| Error::format(name, error))?.into_iter();
+    let mut rows = read(open)
+        .map_err(|error| Error::format(name, error))?
+        .into_iter();
     let file: Arc<str> = name.into();
     let (mut line, mut broken) = (0, false);
     Ok(Box::new(std::iter::from_fn(move || {
@@ -436,7 +438,9 @@ fn parquet_rows(file: File, name: &str) -> Result<Records> {
         };
         let row = read(|| rows.next().map(|row| Ok(row?.to_json_value())).transpose());
         broken = row.is_err();
-        let row = row.map_err(|error| Error::format(place.to_string(), error)).transpose()?;
+        let row = row
+            .map_err(|error| Error::format(place.to_string(), error))
+            .transpose()?;
         Some(row.map(|value| Record { place, value }))
     })))
 }

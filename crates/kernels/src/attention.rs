@@ -336,7 +336,10 @@ mod tests {
             seen_of(&visible(None), 4, 4),
             ["1000", "1100", "0010", "0011", "1000", "0100", "0110", "0111"]
         );
-        assert_eq!(seen_of(&visible(Some(2)), 4, 4)[4..], ["1000", "0100", "0110", "0011"]);
+        assert_eq!(
+            seen_of(&visible(Some(2)), 4, 4)[4..],
+            ["1000", "0100", "0110", "0011"]
+        );
     }
 
     #[test]
@@ -347,8 +350,19 @@ mod tests {
             starts: vec![starts(&[0, 3, 40, 41]), starts(&[0, 70])],
             window: None,
         });
-        let qkv = || [noise(1, [2, 4, 90, 16]), noise(2, [2, 2, 90, 16]), noise(3, [2, 2, 90, 16])];
-        let slow = attention(qkv().map(tracked), &mask, ScoreBias::default(), AttentionOptions::default());
+        let qkv = || {
+            [
+                noise(1, [2, 4, 90, 16]),
+                noise(2, [2, 2, 90, 16]),
+                noise(3, [2, 2, 90, 16]),
+            ]
+        };
+        let slow = attention(
+            qkv().map(tracked),
+            &mask,
+            ScoreBias::default(),
+            AttentionOptions::default(),
+        );
         let fast = attention(qkv(), &mask, ScoreBias::default(), AttentionOptions::default());
         assert!(worst(fast, slow) < 1e-5);
     }

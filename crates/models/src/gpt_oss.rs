@@ -129,7 +129,12 @@ impl Experts {
                     strides: vec![2 * inner, 2],
                     ..Slot::whole("gate_up_proj_bias", &[count, 2 * inner])
                 };
-                w.param_of(&format!("gate_up_proj_bias.{i}"), slot, [count, inner], Init::Zeros)
+                w.param_of(
+                    &format!("gate_up_proj_bias.{i}"),
+                    slot,
+                    [count, inner],
+                    Init::Zeros,
+                )
             };
             (
                 [

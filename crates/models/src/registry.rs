@@ -36,7 +36,12 @@ impl Kind {
 }
 
 /// The head of a decoder that judges texts or tokens; none for other tasks.
-fn decoder_head(task: Task, w: &Weights, hidden: usize, labels: usize) -> oxiformers_nn::Result<Option<Head>> {
+fn decoder_head(
+    task: Task,
+    w: &Weights,
+    hidden: usize,
+    labels: usize,
+) -> oxiformers_nn::Result<Option<Head>> {
     let linear = |name, bias| Linear::load(&w.pp(name), hidden, labels, bias);
     Ok(match task {
         Task::SequenceClassification => Some(Head::new(Reads::Last).output(linear("score", false)?)),

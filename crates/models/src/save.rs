@@ -119,7 +119,10 @@ impl AutoConfig {
         json["architectures"] = json!([format!("{}{class}", class_prefix(self))]);
         if let Some(labels) = labels {
             let ids = labels.iter().enumerate();
-            let id2label: Map<_, _> = ids.clone().map(|(id, label)| (id.to_string(), json!(label))).collect();
+            let id2label: Map<_, _> = ids
+                .clone()
+                .map(|(id, label)| (id.to_string(), json!(label)))
+                .collect();
             let label2id: Map<_, _> = ids.map(|(id, label)| (label.clone(), json!(id))).collect();
             json["id2label"] = Value::Object(id2label);
             json["label2id"] = Value::Object(label2id);
@@ -136,7 +139,13 @@ impl AutoConfig {
 
 /// What the classes of an architecture begin with, such as `Bert`: as the checkpoint says, else by its `model_type`.
 fn class_prefix(config: &AutoConfig) -> String {
-    const ENDINGS: [&str; 5] = ["LMHeadModel", "EncoderModel", "DoubleHeadsModel", "MTModel", "Model"];
+    const ENDINGS: [&str; 5] = [
+        "LMHeadModel",
+        "EncoderModel",
+        "DoubleHeadsModel",
+        "MTModel",
+        "Model",
+    ];
     const NAMES: [(&str, &str); 24] = [
         ("gpt2", "GPT2"),
         ("gptj", "GPTJ"),
@@ -167,18 +176,26 @@ fn class_prefix(config: &AutoConfig) -> String {
     if let Some(class) = class {
         let short = match class.find("For") {
             Some(at) => &class[..at],
-            None => ENDINGS.iter().find_map(|ending| class.strip_suffix(ending)).unwrap_or(class),
+            None => ENDINGS
+                .iter()
+                .find_map(|ending| class.strip_suffix(ending))
+                .unwrap_or(class),
         };
         if !short.is_empty() {
             return short.to_string();
         }
     }
-    if let Some((_, name)) = NAMES.iter().find(|(model_type, _)| *model_type == config.model_type) {
+    if let Some((_, name)) = NAMES
+        .iter()
+        .find(|(model_type, _)| *model_type == config.model_type)
+    {
         return (*name).to_string();
     }
     let capital = |part: &str| {
         let mut letters = part.chars();
-        letters.next().map_or(String::new(), |first| first.to_uppercase().collect::<String>() + letters.as_str())
+        letters.next().map_or(String::new(), |first| {
+            first.to_uppercase().collect::<String>() + letters.as_str()
+        })
     };
     config.model_type.split(['_', '-']).map(capital).collect()
 }

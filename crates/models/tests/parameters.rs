@@ -44,10 +44,16 @@ fn stored(files: &ModelFiles) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
     let checkpoint = Checkpoint::open(files).expect("checkpoint");
     let tensor = |name: &str| {
         let view = checkpoint.tensor(name).expect("tensor");
-        Some((view.shape.clone(), oxiformers_models::nn::quant::to_f32(&view).ok()?))
+        Some((
+            view.shape.clone(),
+            oxiformers_models::nn::quant::to_f32(&view).ok()?,
+        ))
     };
     let names: Vec<String> = checkpoint.tensors().map(|info| info.name.clone()).collect();
-    names.into_iter().filter_map(|name| Some((name.clone(), tensor(&name)?))).collect()
+    names
+        .into_iter()
+        .filter_map(|name| Some((name.clone(), tensor(&name)?)))
+        .collect()
 }
 
 fn check_tensors(name: &str, parameters: &Parameters, values: &Values, files: &ModelFiles, base: &str) {
@@ -59,7 +65,10 @@ fn check_tensors(name: &str, parameters: &Parameters, values: &Values, files: &M
         let short = tensor.strip_prefix(&format!("{base}.")).unwrap_or(tensor);
         let same = [tensor.as_str(), short].iter().find_map(|name| theirs.get(*name));
         let Some(same) = same else {
-            panic!("{name}: `{tensor}` is none of the checkpoint's: {:?}", theirs.keys());
+            panic!(
+                "{name}: `{tensor}` is none of the checkpoint's: {:?}",
+                theirs.keys()
+            );
         };
         assert!(same == value, "{name}: `{tensor}`");
     }
@@ -67,10 +76,18 @@ fn check_tensors(name: &str, parameters: &Parameters, values: &Values, files: &M
     let frozen = parameters.frozen();
     let known = |name: &String| {
         let long = format!("{base}.{name}");
-        [name, &long].iter().any(|name| ours.contains_key(*name) || frozen.contains_key(*name))
+        [name, &long]
+            .iter()
+            .any(|name| ours.contains_key(*name) || frozen.contains_key(*name))
     };
     let missing: Vec<_> = theirs.keys().filter(|name| !known(name)).collect();
-    let tied = ["lm_head.weight", "embed_out.weight", "embed_tokens.weight", "shared.weight", "decoder.weight"];
+    let tied = [
+        "lm_head.weight",
+        "embed_out.weight",
+        "embed_tokens.weight",
+        "shared.weight",
+        "decoder.weight",
+    ];
     let dropped = |name: &str| {
         tied.iter().any(|end| name.ends_with(end))
             || name.ends_with("inv_freq")
@@ -94,7 +111,13 @@ fn decoders_are_saved_as_they_were_stored_and_every_parameter_learns() {
         }
         let all = parameters.trainable();
         let (ids, base) = (ids(&all), model.config.architecture.base());
-        check_tensors(&name, &parameters, &parameters::values(&model.decoder, &ids), &files, base);
+        check_tensors(
+            &name,
+            &parameters,
+            &parameters::values(&model.decoder, &ids),
+            &files,
+            base,
+        );
 
         // Every parameter has a gradient, and the model is the same after its values were taken and put back.
         let reference = Reference::open(&dir);
@@ -109,9 +132,16 @@ fn decoders_are_saved_as_they_were_stored_and_every_parameter_learns() {
         let gradients = logits.powi_scalar(2).sum().backward();
         let (decoder, taken, grads) = parameters::take(model.decoder, &ids, Some(gradients));
         assert_eq!(taken.len(), all.len(), "{name}");
-        let without: Vec<_> = all.iter().filter(|p| !grads.contains_key(&p.id)).map(|p| &p.name).collect();
+        let without: Vec<_> = all
+            .iter()
+            .filter(|p| !grads.contains_key(&p.id))
+            .map(|p| &p.name)
+            .collect();
         let is_expert = |name: &&String| name.contains("experts");
-        assert!(without.iter().all(is_expert), "{name}: no gradient of {without:?}");
+        assert!(
+            without.iter().all(is_expert),
+            "{name}: no gradient of {without:?}"
+        );
         let decoder = parameters::put(decoder, &all, &taken, true);
         let logits = forward(&decoder);
         assert_eq!(values(logits.clone().inner()), before, "{name}");
@@ -127,7 +157,13 @@ fn encoders_and_encoder_decoders_are_saved_as_they_were_stored() {
         let (parameters, options) = training(Parameters::all());
         let model = AutoModelForSeq2SeqLM::from_files(&files, &options).expect("model");
         let values = parameters::values(&model.model, &ids(&parameters.trainable()));
-        check_tensors(&name, &parameters, &values, &files, model.config.architecture.base());
+        check_tensors(
+            &name,
+            &parameters,
+            &values,
+            &files,
+            model.config.architecture.base(),
+        );
     }
     for dir in fixtures("encoders") {
         let name = dir.file_name().expect("name").to_string_lossy().into_owned();
@@ -142,7 +178,11 @@ fn encoders_and_encoder_decoders_are_saved_as_they_were_stored() {
         let checkpoint = stored(&files);
         for parameter in trainable.iter().filter(|p| values.contains_key(&p.id)) {
             let tensor = checkpoint.get(&parameter.slot.tensor);
-            let short = parameter.slot.tensor.split_once('.').map_or("", |(_, short)| short);
+            let short = parameter
+                .slot
+                .tensor
+                .split_once('.')
+                .map_or("", |(_, short)| short);
             let (_, expected) = tensor.or_else(|| checkpoint.get(short)).expect(&parameter.name);
             assert!(*expected == values[&parameter.id], "{name}: {}", parameter.name);
         }
@@ -158,13 +198,19 @@ fn fresh_models_have_the_names_and_shapes_of_checkpoints() {
         let config = AutoConfig::from_files(&files).expect("config");
         assert_eq!(config.architecture.kind(), Kind::Decoder);
         // Experts are stored in one of two forms.
-        if config.quantization.is_some() || stored(&files).keys().any(|name| name.contains("experts.gate_up_proj")) {
+        if config.quantization.is_some()
+            || stored(&files)
+                .keys()
+                .any(|name| name.contains("experts.gate_up_proj"))
+        {
             continue;
         }
         let (parameters, options) = training(Parameters::all());
         let model = AutoModelForCausalLM::from_config(config, &options).expect("model");
         let values = read(&parameters::values(&model.decoder, &ids(&parameters.trainable())));
-        let ours = parameters.stored(|p| values.get(&p.id).map(Vec::as_slice)).expect("stored");
+        let ours = parameters
+            .stored(|p| values.get(&p.id).map(Vec::as_slice))
+            .expect("stored");
         let theirs = stored(&files);
         for (tensor, (shape, _)) in &ours {
             let Some((expected, _)) = theirs.get(tensor) else {
@@ -173,7 +219,12 @@ fn fresh_models_have_the_names_and_shapes_of_checkpoints() {
             assert_eq!(shape, expected, "{name}: {tensor}");
         }
         let known = ours.keys().filter(|tensor| theirs.contains_key(*tensor)).count();
-        assert!(known * 10 > ours.len() * 9 || name.contains("released"), "{name}: {:?} {:?}", ours.keys(), theirs.keys());
+        assert!(
+            known * 10 > ours.len() * 9 || name.contains("released"),
+            "{name}: {:?} {:?}",
+            ours.keys(),
+            theirs.keys()
+        );
     }
 }
 
@@ -181,19 +232,34 @@ fn fresh_models_have_the_names_and_shapes_of_checkpoints() {
 fn a_saved_model_answers_as_before() {
     let folder = tempfile::tempdir().expect("folder");
     for name in ["gpt2", "llama", "falcon"] {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures")
+            .join(name);
         let files = ModelFiles::from_dir(&dir).expect("fixture");
         // Only a part is trained: the rest is saved as it was.
-        let (parameters, options) = training(Parameters::only(|name| name.contains("norm") || name.contains("ln_")));
+        let (parameters, options) = training(Parameters::only(|name| {
+            name.contains("norm") || name.contains("ln_")
+        }));
         let model = AutoModelForCausalLM::from_files(&files, &options).expect("model");
         let trainable = parameters.trainable();
-        assert!(!trainable.is_empty() && trainable.iter().all(|p| p.shape.len() == 1), "{name}");
+        assert!(
+            !trainable.is_empty() && trainable.iter().all(|p| p.shape.len() == 1),
+            "{name}"
+        );
         let (trained, all) = parameters.count();
         assert!(trained < all / 10, "{name}: {trained} of {all}");
         let values_now = read(&parameters::values(&model.decoder, &ids(&trainable)));
         let target = folder.path().join(name);
         let value = |p: &Parameter| values_now.get(&p.id).map(Vec::as_slice);
-        save_pretrained(&target, &model.config.json, Some(&files), &parameters, DType::F32, value).expect("saved");
+        save_pretrained(
+            &target,
+            &model.config.json,
+            Some(&files),
+            &parameters,
+            DType::F32,
+            value,
+        )
+        .expect("saved");
         let saved = ModelFiles::from_dir(&target).expect("saved");
         let again = AutoModelForCausalLM::from_files(&saved, &LoadOptions::default()).expect("saved");
         let first = AutoModelForCausalLM::from_files(&files, &LoadOptions::default()).expect("fixture");
@@ -202,7 +268,11 @@ fn a_saved_model_answers_as_before() {
             let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; input.len()]);
             values(model.forward(tensor(&input, 0..input[0].len()), &mut cache, LogitsFor::All))
         };
-        assert_eq!(largest_difference(&logits(&again), &logits(&first)), 0.0, "{name}");
+        assert_eq!(
+            largest_difference(&logits(&again), &logits(&first)),
+            0.0,
+            "{name}"
+        );
     }
 }
 
@@ -212,22 +282,35 @@ fn heads_that_a_checkpoint_lacks_are_initialized_if_so_told() {
     let files = ModelFiles::from_dir(&dir).expect("fixture");
     let labels = ["a", "b", "c"].map(str::to_string);
     let config = AutoConfig::from_files(&files).expect("config");
-    let config = config.for_task("ForSequenceClassification", Some(&labels), None).expect("config");
+    let config = config
+        .for_task("ForSequenceClassification", Some(&labels), None)
+        .expect("config");
     assert_eq!(config.json["architectures"][0], "BertForSequenceClassification");
     let json = serde_json::to_vec(&config.json).expect("JSON");
     let weights = files.get("model.safetensors").expect("file").expect("weights");
     let files = ModelFiles::from_memory(
         "bert",
-        [("config.json".to_string(), json.into()), ("model.safetensors".to_string(), weights)],
+        [
+            ("config.json".to_string(), json.into()),
+            ("model.safetensors".to_string(), weights),
+        ],
     );
-    let error = AutoModelForSequenceClassification::from_files(&files, &LoadOptions::default()).expect_err("no head");
+    let error =
+        AutoModelForSequenceClassification::from_files(&files, &LoadOptions::default()).expect_err("no head");
     assert!(error.to_string().contains("classifier"), "{error}");
     let load = |seed| {
         let (parameters, options) = training(Parameters::all());
-        let options = LoadOptions { new_heads: true, seed, ..options };
+        let options = LoadOptions {
+            new_heads: true,
+            seed,
+            ..options
+        };
         let model = AutoModelForSequenceClassification::from_files(&files, &options).expect("model");
         let all = parameters.trainable();
-        let head = all.iter().find(|p| p.name == "classifier.weight").expect("classifier");
+        let head = all
+            .iter()
+            .find(|p| p.name == "classifier.weight")
+            .expect("classifier");
         assert_eq!(head.shape, [3, 32]);
         let of_head = HashSet::from([head.id]);
         let values = read(&parameters::values(&model.head, &of_head));
@@ -235,7 +318,10 @@ fn heads_that_a_checkpoint_lacks_are_initialized_if_so_told() {
     };
     let (new, first) = load(1);
     let new: BTreeSet<_> = new.iter().map(String::as_str).collect();
-    assert!(new.contains("classifier.weight") && new.contains("classifier.bias"), "{new:?}");
+    assert!(
+        new.contains("classifier.weight") && new.contains("classifier.bias"),
+        "{new:?}"
+    );
     assert!(!new.iter().any(|name| name.contains("encoder")), "{new:?}");
     let deviation = (first.iter().map(|x| x * x).sum::<f32>() / first.len() as f32).sqrt();
     assert!((0.01..0.03).contains(&deviation), "{deviation}");
@@ -246,7 +332,9 @@ fn heads_that_a_checkpoint_lacks_are_initialized_if_so_told() {
 #[test]
 fn sequences_in_one_row_do_not_see_each_other() {
     for name in ["llama", "gpt2", "bloom", "gemma2", "mistral"] {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures")
+            .join(name);
         let files = ModelFiles::from_dir(&dir).expect("fixture");
         let model = AutoModelForCausalLM::from_files(&files, &LoadOptions::default()).expect("model");
         let all = Reference::open(&dir).ids("input_ids");

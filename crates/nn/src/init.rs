@@ -40,7 +40,10 @@ mod tests {
         let count = values.len() as f64;
         let mean = values.iter().map(|x| f64::from(*x)).sum::<f64>() / count;
         let var = values.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / count;
-        assert!(mean.abs() < 0.02 && (var.sqrt() - 0.5).abs() < 0.02, "{mean} {var}");
+        assert!(
+            mean.abs() < 0.02 && (var.sqrt() - 0.5).abs() < 0.02,
+            "{mean} {var}"
+        );
         let outside = values.iter().filter(|x| x.abs() > 1.0).count() as f64 / count;
         assert!((outside - 0.0455).abs() < 0.01, "{outside}");
         assert_eq!(values[..7], normal(1, "a", 0.5, 7));

@@ -11,7 +11,7 @@ use std::sync::Mutex;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Tensor};
-use oxiformers_hub::checkpoint::{DType, TensorView};
+use oxiformers_hub::checkpoint::TensorView;
 
 use crate::weights::lock;
 
@@ -76,7 +76,9 @@ impl Slot {
         let rows = outer.iter().product::<usize>();
         let mut index = vec![0; outer.len()];
         for _ in 0..rows {
-            let start: usize = (index.iter().zip(&self.strides)).map(|(i, stride)| i * stride).sum();
+            let start: usize = (index.iter().zip(&self.strides))
+                .map(|(i, stride)| i * stride)
+                .sum();
             (0..*last).for_each(|i| f(self.offset + start + i * step));
             for (i, size) in index.iter_mut().zip(outer).rev() {
                 *i += 1;
@@ -108,7 +110,9 @@ impl Slot {
 
 /// The strides of values that stand one after the other.
 fn row_major(shape: &[usize]) -> Vec<usize> {
-    (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect()
+    (0..shape.len())
+        .map(|axis| shape[axis + 1..].iter().product())
+        .collect()
 }
 
 /// What kind of module a parameter belongs to, as far as optimizers care.
@@ -172,7 +176,9 @@ struct Found {
 
 impl std::fmt::Debug for Parameters {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Parameters").field("found", &self.found).finish_non_exhaustive()
+        f.debug_struct("Parameters")
+            .field("found", &self.found)
+            .finish_non_exhaustive()
     }
 }
 
@@ -243,7 +249,10 @@ impl Parameters {
     pub fn count(&self) -> (usize, usize) {
         let found = lock(&self.found);
         let trainable: usize = found.trainable.iter().map(Parameter::len).sum();
-        let frozen = found.frozen.values().map(|view| view.shape.iter().product::<usize>());
+        let frozen = found
+            .frozen
+            .values()
+            .map(|view| view.shape.iter().product::<usize>());
         (trainable, trainable + frozen.sum::<usize>())
     }
 
@@ -283,12 +292,12 @@ impl Parameters {
     pub fn write<'a>(
         &self,
         folder: &std::path::Path,
-        dtype: DType,
+        dtype: oxiformers_hub::checkpoint::DType,
         max_shard_size: u64,
         values: impl Fn(&Parameter) -> Option<&'a [f32]>,
     ) -> crate::Result<Vec<String>> {
-        use oxiformers_hub::checkpoint::TensorInfo;
         use oxiformers_hub::checkpoint::safetensors::Writer;
+        use oxiformers_hub::checkpoint::{DType, TensorInfo};
 
         let (trained, frozen) = (self.stored(values)?, self.frozen());
         let info = |(name, dtype, shape): (&String, DType, &Vec<usize>)| TensorInfo {
@@ -298,7 +307,11 @@ impl Parameters {
         };
         let mut infos: Vec<TensorInfo> = (trained.iter())
             .map(|(name, (shape, _))| info((name, dtype, shape)))
-            .chain(frozen.iter().map(|(name, view)| info((name, view.dtype, &view.shape))))
+            .chain(
+                frozen
+                    .iter()
+                    .map(|(name, view)| info((name, view.dtype, &view.shape))),
+            )
             .collect();
         infos.sort_by(|a, b| a.name.cmp(&b.name));
         let mut writer = Writer::create(folder, &infos, &[], max_shard_size)?;
@@ -321,7 +334,11 @@ pub type Values = HashMap<ParamId, Tensor<1>>;
 /// `gradients` these too. What is left in the model are empty tensors, so that nobody but the caller holds the values and
 /// they can be changed in place; [`put`] puts them back. A tied parameter is taken once. A parameter without a gradient
 /// took no part in the loss.
-pub fn take<M: Module>(model: M, ids: &HashSet<ParamId>, gradients: Option<Gradients>) -> (M, Values, Values) {
+pub fn take<M: Module>(
+    model: M,
+    ids: &HashSet<ParamId>,
+    gradients: Option<Gradients>,
+) -> (M, Values, Values) {
     let mut taker = Taker {
         ids,
         gradients,
@@ -348,7 +365,10 @@ impl ModuleMapper for Taker<'_> {
         let empty = Tensor::empty([0; D], &tensor.device().without_autodiff());
         if !self.values.contains_key(&id) {
             let count = tensor.shape().num_elements();
-            let grad = self.gradients.as_mut().and_then(|gradients| tensor.grad_remove(gradients));
+            let grad = self
+                .gradients
+                .as_mut()
+                .and_then(|gradients| tensor.grad_remove(gradients));
             if let Some(grad) = grad {
                 self.grads.insert(id, grad.reshape([count]));
             }
@@ -361,7 +381,9 @@ impl ModuleMapper for Taker<'_> {
 /// Puts values back where [`take`] took them, with the shapes that `parameters` say. With `track`, their gradients are
 /// computed from then on.
 pub fn put<M: Module>(model: M, parameters: &[Parameter], values: &Values, track: bool) -> M {
-    let shapes = parameters.iter().map(|parameter| (parameter.id, parameter.shape.as_slice()));
+    let shapes = parameters
+        .iter()
+        .map(|parameter| (parameter.id, parameter.shape.as_slice()));
     let mut putter = Putter {
         shapes: shapes.collect(),
         values,

@@ -26,7 +26,11 @@ impl Dropout {
     pub fn of_config(config: &Value) -> Self {
         let first = |names: &[&str]| {
             let number = |name: &&str| config.get(*name).and_then(Value::as_f64);
-            names.iter().find_map(number).filter(|p| (0.0..1.0).contains(p)).unwrap_or(0.0)
+            names
+                .iter()
+                .find_map(number)
+                .filter(|p| (0.0..1.0).contains(p))
+                .unwrap_or(0.0)
         };
         // T5's rate is 0.1 where it is not said; others say it.
         let t5 = match config.get("model_type").and_then(Value::as_str) {
@@ -34,14 +38,31 @@ impl Dropout {
             _ => 0.0,
         };
         let or_t5 = |p: f64| if p > 0.0 { p } else { t5 };
-        let hidden = ["hidden_dropout_prob", "resid_pdrop", "residual_dropout", "hidden_dropout", "dropout"];
+        let hidden = [
+            "hidden_dropout_prob",
+            "resid_pdrop",
+            "residual_dropout",
+            "hidden_dropout",
+            "dropout",
+        ];
         let hidden = or_t5(first(&hidden));
-        let embedding = ["embd_pdrop", "embedding_dropout", "embed_pdrop", "hidden_dropout_prob", "dropout"];
+        let embedding = [
+            "embd_pdrop",
+            "embedding_dropout",
+            "embed_pdrop",
+            "hidden_dropout_prob",
+            "dropout",
+        ];
         Self {
             embedding: or_t5(first(&embedding)),
             hidden,
             activation: or_t5(first(&["activation_dropout"])),
-            classifier: first(&["classifier_dropout", "seq_classif_dropout", "classifier_pdrop", "hidden_dropout_prob"]),
+            classifier: first(&[
+                "classifier_dropout",
+                "seq_classif_dropout",
+                "classifier_pdrop",
+                "hidden_dropout_prob",
+            ]),
         }
     }
 }
@@ -144,7 +165,10 @@ fn dropped<const D: usize>(x: Tensor<D>, share: impl Fn(&Dropout) -> f64) -> Ten
     let p = share(&pass.dropout);
     let (kept, scale) = (p as f32, (1.0 / (1.0 - p)) as f32);
     let count = x.shape().num_elements();
-    let mask = units(seed).take(count).map(|unit| if unit < kept { 0.0 } else { scale }).collect::<Vec<f32>>();
+    let mask = units(seed)
+        .take(count)
+        .map(|unit| if unit < kept { 0.0 } else { scale })
+        .collect::<Vec<f32>>();
     let mask = Tensor::<D>::from_data(TensorData::new(mask, x.dims()), &x.device());
     x.clone() * mask.cast(x.dtype())
 }
@@ -183,7 +207,10 @@ pub fn noise(x: Tensor<3>) -> Tensor<3> {
     let [_, seq, width] = x.dims();
     let most = (pass.neftune_noise_alpha / ((seq * width).max(1) as f64).sqrt()) as f32;
     let count = x.shape().num_elements();
-    let noise = units(seed).take(count).map(|unit| (2.0 * unit - 1.0) * most).collect::<Vec<f32>>();
+    let noise = units(seed)
+        .take(count)
+        .map(|unit| (2.0 * unit - 1.0) * most)
+        .collect::<Vec<f32>>();
     let noise = Tensor::<3>::from_data(TensorData::new(noise, x.dims()), &x.device());
     x.clone() + noise.cast(x.dtype())
 }
@@ -209,7 +236,8 @@ mod tests {
             seed: 3,
             ..Pass::default()
         };
-        let once = |pass: Pass| pass.run(|| (values(hidden(x())), values(hidden(x())), values(embedding(x()))));
+        let once =
+            |pass: Pass| pass.run(|| (values(hidden(x())), values(hidden(x())), values(embedding(x()))));
         let (first, second, untouched) = once(pass);
         let zeros = first.iter().filter(|x| **x == 0.0).count();
         assert!((2200..2800).contains(&zeros), "{zeros}");
@@ -241,7 +269,13 @@ mod tests {
         assert_eq!((bert.embedding, bert.hidden, bert.classifier), (0.1, 0.1, 0.1));
         let t5 = of(json!({"model_type": "t5"}));
         assert_eq!((t5.embedding, t5.activation), (0.1, 0.1));
-        assert_eq!(of(json!({"model_type": "t5", "dropout_rate": 0.0})), Dropout::default());
-        assert_eq!(of(json!({"model_type": "llama", "attention_dropout": 0.0})), Dropout::default());
+        assert_eq!(
+            of(json!({"model_type": "t5", "dropout_rate": 0.0})),
+            Dropout::default()
+        );
+        assert_eq!(
+            of(json!({"model_type": "llama", "attention_dropout": 0.0})),
+            Dropout::default()
+        );
     }
 }

@@ -249,7 +249,11 @@ impl TrainingArguments {
 
     /// The names of all arguments.
     pub fn names() -> Vec<String> {
-        Self::default().to_json().into_iter().map(|(name, _)| name).collect()
+        Self::default()
+            .to_json()
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect()
     }
 
     fn check(&self) -> Result<()> {
@@ -262,22 +266,35 @@ impl TrainingArguments {
         positive("gradient_accumulation_steps", self.gradient_accumulation_steps)?;
         let number = |name: &str, value: f64, least: f64| match value.is_finite() && value >= least {
             true => Ok(()),
-            false => Err(Error::config(name, format!("is {value}; it must be {least} or more"))),
+            false => Err(Error::config(
+                name,
+                format!("is {value}; it must be {least} or more"),
+            )),
         };
         number("warmup_steps", self.warmup_steps, 0.0)?;
         number("max_grad_norm", self.max_grad_norm, 0.0)?;
         number("early_stopping_threshold", self.early_stopping_threshold, 0.0)?;
         if !(0.0..1.0).contains(&self.label_smoothing_factor) {
-            let message = format!("is {}; it must lie from 0 to below 1", self.label_smoothing_factor);
+            let message = format!(
+                "is {}; it must lie from 0 to below 1",
+                self.label_smoothing_factor
+            );
             return Err(Error::config("label_smoothing_factor", message));
         }
         if self.max_steps < 1 && (self.num_train_epochs <= 0.0 || !self.num_train_epochs.is_finite()) {
-            return Err(Error::config("num_train_epochs", "must be above 0, or `max_steps` be given"));
+            return Err(Error::config(
+                "num_train_epochs",
+                "must be above 0, or `max_steps` be given",
+            ));
         }
         for (name, strategy, steps) in [
             ("logging_steps", self.logging_strategy, self.logging_steps),
             ("save_steps", self.save_strategy, self.save_steps),
-            ("eval_steps", self.eval_strategy, self.eval_steps.unwrap_or(self.logging_steps)),
+            (
+                "eval_steps",
+                self.eval_strategy,
+                self.eval_steps.unwrap_or(self.logging_steps),
+            ),
         ] {
             if strategy == Strategy::Steps && !(steps.is_finite() && steps > 0.0) {
                 return Err(Error::config(name, format!("is {steps}; it must be above 0")));
@@ -288,11 +305,17 @@ impl TrainingArguments {
             ("early_stopping_patience", self.early_stopping_patience.is_some()),
             ("save_strategy", self.save_strategy == Strategy::Best),
         ];
-        if let Some((name, _)) = needs_eval.iter().find(|(_, needs)| *needs && self.eval_strategy == Strategy::No) {
+        if let Some((name, _)) = needs_eval
+            .iter()
+            .find(|(_, needs)| *needs && self.eval_strategy == Strategy::No)
+        {
             return Err(Error::config(*name, "needs an `eval_strategy`: steps or epoch"));
         }
         if self.eval_strategy == Strategy::Best || self.logging_strategy == Strategy::Best {
-            return Err(Error::config("eval_strategy", "must be no, steps or epoch, and so must `logging_strategy`"));
+            return Err(Error::config(
+                "eval_strategy",
+                "must be no, steps or epoch, and so must `logging_strategy`",
+            ));
         }
         if self.load_best_model_at_end && self.save_strategy != Strategy::Best {
             if self.save_strategy != self.eval_strategy {
@@ -303,12 +326,21 @@ impl TrainingArguments {
             }
             let (save, eval) = (self.save_steps, self.eval_steps.unwrap_or(self.logging_steps));
             if self.save_strategy == Strategy::Steps && save >= 1.0 && eval >= 1.0 && save % eval != 0.0 {
-                let message = format!("is {save}; for `load_best_model_at_end` it must be a multiple of {eval} (eval_steps)");
+                let message = format!(
+                    "is {save}; for `load_best_model_at_end` it must be a multiple of {eval} (eval_steps)"
+                );
                 return Err(Error::config("save_steps", message));
             }
         }
-        if let Some(other) = self.report_to.iter().find(|name| !["tensorboard", "none"].contains(&name.as_str())) {
-            return Err(Error::config("report_to", format!("is `{other}`; it must be `tensorboard` or `none`")));
+        if let Some(other) = self
+            .report_to
+            .iter()
+            .find(|name| !["tensorboard", "none"].contains(&name.as_str()))
+        {
+            return Err(Error::config(
+                "report_to",
+                format!("is `{other}`; it must be `tensorboard` or `none`"),
+            ));
         }
         Ok(())
     }
@@ -334,8 +366,9 @@ impl TrainingArguments {
     /// Whether more of [`best_metric`](Self::best_metric) is better.
     pub fn greater_is_better(&self) -> bool {
         let metric = self.best_metric();
-        self.greater_is_better
-            .unwrap_or(!metric.ends_with("loss") && !metric.ends_with("perplexity") && !metric.ends_with("mse"))
+        self.greater_is_better.unwrap_or(
+            !metric.ends_with("loss") && !metric.ends_with("perplexity") && !metric.ends_with("mse"),
+        )
     }
 }
 
@@ -345,7 +378,9 @@ mod tests {
     use serde_json::json;
 
     fn read(value: Value) -> Result<TrainingArguments, String> {
-        let Value::Object(map) = value else { panic!("no object") };
+        let Value::Object(map) = value else {
+            panic!("no object")
+        };
         TrainingArguments::from_json(map).map_err(|error| error.to_string())
     }
 
@@ -370,7 +405,10 @@ mod tests {
             (json!({"learning_rat": 1}), "learning_rat"),
             (json!({"learning_rate": "fast"}), "learning_rate"),
             (json!({"lr_scheduler_type": "sine"}), "lr_scheduler_type"),
-            (json!({"gradient_accumulation_steps": 0}), "gradient_accumulation_steps"),
+            (
+                json!({"gradient_accumulation_steps": 0}),
+                "gradient_accumulation_steps",
+            ),
             (json!({"load_best_model_at_end": true}), "eval_strategy"),
             (
                 json!({"load_best_model_at_end": true, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 10}),
@@ -394,6 +432,9 @@ mod tests {
         };
         assert_eq!(of(None), ("eval_loss".to_string(), false));
         assert_eq!(of(Some("accuracy")), ("eval_accuracy".to_string(), true));
-        assert_eq!(of(Some("eval_perplexity")), ("eval_perplexity".to_string(), false));
+        assert_eq!(
+            of(Some("eval_perplexity")),
+            ("eval_perplexity".to_string(), false)
+        );
     }
 }

@@ -28,7 +28,10 @@ impl Buffer {
     /// Values in memory.
     pub fn from_vec(values: Vec<f32>) -> Self {
         let count = values.len();
-        Self(FlexTensor::from_data(TensorData::new(values, Shape::from([count]))))
+        Self(FlexTensor::from_data(TensorData::new(
+            values,
+            Shape::from([count]),
+        )))
     }
 
     /// The values.

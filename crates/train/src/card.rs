@@ -26,7 +26,11 @@ pub struct About {
 /// The points of a log: `(step, value)`.
 pub fn points(history: &[Map<String, Value>], name: &str) -> Vec<(f64, f64)> {
     let point = |log: &Map<String, Value>| Some((log.get("step")?.as_f64()?, log.get(name)?.as_f64()?));
-    history.iter().filter_map(point).filter(|(_, value)| value.is_finite()).collect()
+    history
+        .iter()
+        .filter_map(point)
+        .filter(|(_, value)| value.is_finite())
+        .collect()
 }
 
 /// A card in Markdown, with the front matter that the Hub reads.
@@ -35,51 +39,97 @@ pub fn card(about: &About, plan: &Plan, arguments: &TrainingArguments, state: &T
     if let Some(base) = &about.base_model {
         let _ = writeln!(text, "base_model: {base}");
     }
-    let _ = writeln!(text, "tags:\n- generated_from_trainer\n- oxiformers\n---\n\n# {}\n", about.name);
+    let _ = writeln!(
+        text,
+        "tags:\n- generated_from_trainer\n- oxiformers\n---\n\n# {}\n",
+        about.name
+    );
     match &about.base_model {
         Some(base) => {
-            let _ = writeln!(text, "This model was fine-tuned from `{base}` for {} on {}.\n", about.task, about.data.join(", "));
+            let _ = writeln!(
+                text,
+                "This model was fine-tuned from `{base}` for {} on {}.\n",
+                about.task,
+                about.data.join(", ")
+            );
         }
         None => {
-            let _ = writeln!(text, "This model was trained from scratch for {} on {}.\n", about.task, about.data.join(", "));
+            let _ = writeln!(
+                text,
+                "This model was trained from scratch for {} on {}.\n",
+                about.task,
+                about.data.join(", ")
+            );
         }
     }
-    let last = state.log_history.iter().rev().find(|log| log.contains_key("eval_loss"));
+    let last = state
+        .log_history
+        .iter()
+        .rev()
+        .find(|log| log.contains_key("eval_loss"));
     if let Some(last) = last {
         text.push_str("It achieves on the evaluation set:\n\n");
         for (name, value) in last {
-            if let (Some(name), Some(value)) = (name.strip_prefix("eval_"), value.as_f64()) {
-                if !["runtime", "samples_per_second"].contains(&name) {
-                    let _ = writeln!(text, "- {name}: {value:.4}");
-                }
+            if let (Some(name), Some(value)) = (name.strip_prefix("eval_"), value.as_f64())
+                && !["runtime", "samples_per_second"].contains(&name)
+            {
+                let _ = writeln!(text, "- {name}: {value:.4}");
             }
         }
         text.push('\n');
     }
-    let _ = writeln!(text, "![Loss over the steps of the training]({CURVE})\n\n## Training procedure\n");
+    let _ = writeln!(
+        text,
+        "![Loss over the steps of the training]({CURVE})\n\n## Training procedure\n"
+    );
     let defaults = TrainingArguments::default().to_json();
     let _ = writeln!(
         text,
         "{} of {} parameters were trained on {} examples over {} steps.\n\n| argument | value |\n|---|---|",
         plan.trainable_parameters, plan.all_parameters, plan.examples, state.global_step
     );
-    let always = ["learning_rate", "per_device_train_batch_size", "seed", "optim", "lr_scheduler_type", "num_train_epochs"];
+    let always = [
+        "learning_rate",
+        "per_device_train_batch_size",
+        "seed",
+        "optim",
+        "lr_scheduler_type",
+        "num_train_epochs",
+    ];
     for (name, value) in arguments.to_json() {
         let hidden = ["output_dir", "resume_from_checkpoint"].contains(&name.as_str());
         if !hidden && (always.contains(&name.as_str()) || defaults.get(&name) != Some(&value)) {
             let _ = writeln!(text, "| {name} | {} |", value.to_string().trim_matches('"'));
         }
     }
-    let rows: Vec<_> = state.log_history.iter().filter(|log| log.contains_key("eval_loss")).collect();
+    let rows: Vec<_> = state
+        .log_history
+        .iter()
+        .filter(|log| log.contains_key("eval_loss"))
+        .collect();
     if !rows.is_empty() {
         let mut names: Vec<&String> = rows[0].keys().filter(|name| name.starts_with("eval_")).collect();
         names.retain(|name| !name.ends_with("runtime") && !name.ends_with("per_second"));
-        let heads: Vec<&str> = names.iter().map(|name| name.trim_start_matches("eval_")).collect();
-        let _ = writeln!(text, "\n## Evaluations\n\n| step | epoch | {} |\n|---|---|{}", heads.join(" | "), "---|".repeat(heads.len()));
+        let heads: Vec<&str> = names
+            .iter()
+            .map(|name| name.trim_start_matches("eval_"))
+            .collect();
+        let _ = writeln!(
+            text,
+            "\n## Evaluations\n\n| step | epoch | {} |\n|---|---|{}",
+            heads.join(" | "),
+            "---|".repeat(heads.len())
+        );
         for log in rows {
             let number = |name: &str| log.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
             let values: Vec<_> = names.iter().map(|name| format!("{:.4}", number(name))).collect();
-            let _ = writeln!(text, "| {} | {:.2} | {} |", number("step"), number("epoch"), values.join(" | "));
+            let _ = writeln!(
+                text,
+                "| {} | {:.2} | {} |",
+                number("step"),
+                number("epoch"),
+                values.join(" | ")
+            );
         }
     }
     text
@@ -92,7 +142,11 @@ pub fn svg(curves: &[(&str, Vec<(f64, f64)>)]) -> String {
     const COLORS: [&str; 4] = ["#2563eb", "#dc2626", "#059669", "#7c3aed"];
     let all = || curves.iter().flat_map(|(_, points)| points);
     let range = |of: fn(&(f64, f64)) -> f64| {
-        let (low, high) = all().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
+        let (low, high) = all()
+            .map(of)
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| {
+                (low.min(x), high.max(x))
+            });
         match high > low {
             true => (low, high),
             false if low.is_finite() => (low - 0.5, low + 0.5),
@@ -127,7 +181,11 @@ pub fn svg(curves: &[(&str, Vec<(f64, f64)>)]) -> String {
         let color = COLORS[index % COLORS.len()];
         // More points than there are pixels say nothing.
         let every = points.len().div_ceil(1000).max(1);
-        let line: Vec<_> = points.iter().step_by(every).map(|(at, value)| format!("{:.1},{:.1}", x(*at), y(*value))).collect();
+        let line: Vec<_> = points
+            .iter()
+            .step_by(every)
+            .map(|(at, value)| format!("{:.1},{:.1}", x(*at), y(*value)))
+            .collect();
         let _ = writeln!(
             text,
             "<polyline fill=\"none\" stroke=\"{color}\" stroke-width=\"1.5\" points=\"{}\"/>\n\
@@ -137,7 +195,12 @@ pub fn svg(curves: &[(&str, Vec<(f64, f64)>)]) -> String {
             EDGE + 16.0 * index as f64
         );
     }
-    let _ = writeln!(text, "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">step</text>\n</svg>", SIZE.0 / 2.0, SIZE.1 - 10.0);
+    let _ = writeln!(
+        text,
+        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">step</text>\n</svg>",
+        SIZE.0 / 2.0,
+        SIZE.1 - 10.0
+    );
     text
 }
 
@@ -153,7 +216,9 @@ mod tests {
             global_step: 20,
             log_history: vec![
                 log(json!({"loss": 2.0, "step": 10})),
-                log(json!({"eval_loss": 1.25, "eval_accuracy": 0.75, "eval_runtime": 3.0, "epoch": 1.0, "step": 10})),
+                log(
+                    json!({"eval_loss": 1.25, "eval_accuracy": 0.75, "eval_runtime": 3.0, "epoch": 1.0, "step": 10}),
+                ),
                 log(json!({"loss": 1.0, "step": 20})),
             ],
             ..TrainerState::default()
@@ -174,11 +239,23 @@ mod tests {
             data: vec!["a.csv".to_string()],
         };
         let text = card(&about, &plan, &TrainingArguments::default(), &state);
-        for part in ["base_model: org/base", "accuracy: 0.7500", "| learning_rate | 0.00005 |", "| 10 | 1.00 |", "5 of 7"] {
-            assert!(text.contains(part) || (part.contains("0.00005") && text.contains("5e-5")), "{part}: {text}");
+        for part in [
+            "base_model: org/base",
+            "accuracy: 0.7500",
+            "| learning_rate | 0.00005 |",
+            "| 10 | 1.00 |",
+            "5 of 7",
+        ] {
+            assert!(
+                text.contains(part) || (part.contains("0.00005") && text.contains("5e-5")),
+                "{part}: {text}"
+            );
         }
         assert!(!text.contains("runtime"));
-        let image = svg(&[("loss", points(&state.log_history, "loss")), ("eval_loss", points(&state.log_history, "eval_loss"))]);
+        let image = svg(&[
+            ("loss", points(&state.log_history, "loss")),
+            ("eval_loss", points(&state.log_history, "eval_loss")),
+        ]);
         assert_eq!(image.matches("<polyline").count(), 2);
         assert!(image.contains("48.0,48.0") && !image.contains("NaN"), "{image}");
         assert!(!svg(&[]).contains("NaN"));

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use oxiformers_hub::{ModelFiles, OutputFile};
 use oxiformers_hub::checkpoint::{Checkpoint, DType};
+use oxiformers_hub::{ModelFiles, OutputFile};
 use oxiformers_models::nn::quant::to_f32;
 use oxiformers_models::nn::{Parameter, Parameters};
 use oxiformers_models::save::save_pretrained;
@@ -56,7 +56,14 @@ pub struct ModelSaver {
 
 impl Saver for ModelSaver {
     fn save(&self, folder: &Path, parameters: &Parameters, values: ValuesOf) -> Result<()> {
-        Ok(save_pretrained(folder, &self.config, self.files.as_ref(), parameters, self.dtype, values)?)
+        Ok(save_pretrained(
+            folder,
+            &self.config,
+            self.files.as_ref(),
+            parameters,
+            self.dtype,
+            values,
+        )?)
     }
 
     fn exact_file(&self) -> Option<&'static str> {
@@ -71,7 +78,12 @@ pub fn folder_name(step: u64) -> String {
 
 /// The step of a folder that is a whole checkpoint.
 fn step_of(path: &Path) -> Option<u64> {
-    let step = path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()?;
+    let step = path
+        .file_name()?
+        .to_str()?
+        .strip_prefix("checkpoint-")?
+        .parse()
+        .ok()?;
     path.join(TRAINER_STATE).is_file().then_some(step)
 }
 
@@ -100,7 +112,11 @@ pub fn clean(output: &Path) -> Result<()> {
         return Ok(());
     };
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if name.starts_with(".checkpoint-") && name.ends_with(".part") && path.is_dir() {
             std::fs::remove_dir_all(&path).map_err(Error::io(&path))?;
         }
@@ -139,7 +155,10 @@ pub fn write(
     if saver.exact_file().is_none() {
         write_tensors(&part.join(MASTER_WEIGHTS), masters(parameters, values)?)?;
     }
-    write_tensors(&part.join(OPTIMIZER), contents.optimizer.clone().into_iter().collect())?;
+    write_tensors(
+        &part.join(OPTIMIZER),
+        contents.optimizer.clone().into_iter().collect(),
+    )?;
     write_json(&part.join(ARGUMENTS), contents.arguments)?;
     write_json(&part.join(TRAINER_STATE), contents.state)?;
     sync(&part);
@@ -196,7 +215,12 @@ fn write_tensors(path: &Path, tensors: Vec<(String, TensorView)>) -> Result<()> 
         state::DType::U8 => Dtype::U8,
     };
     let views: Result<Vec<_>, _> = (tensors.iter())
-        .map(|(name, tensor)| Ok((name, View::new(dtype(tensor.dtype), tensor.shape.clone(), &tensor.data)?)))
+        .map(|(name, tensor)| {
+            Ok((
+                name,
+                View::new(dtype(tensor.dtype), tensor.shape.clone(), &tensor.data)?,
+            ))
+        })
         .collect();
     let bytes = safetensors::serialize(views.map_err(wrong)?, None).map_err(wrong)?;
     write_file(path, &bytes)
@@ -211,7 +235,12 @@ fn read_tensors(path: &Path) -> Result<State> {
             Dtype::F32 => state::DType::F32,
             Dtype::I64 => state::DType::I64,
             Dtype::U8 => state::DType::U8,
-            other => return Err(Error::checkpoint(path, format!("`{name}` is {other:?}, which is in no state"))),
+            other => {
+                return Err(Error::checkpoint(
+                    path,
+                    format!("`{name}` is {other:?}, which is in no state"),
+                ));
+            }
         };
         let (shape, data) = (view.shape().to_vec(), view.data().to_vec().into());
         Ok((name, TensorView { dtype, shape, data }))
@@ -248,17 +277,30 @@ pub fn read(folder: &Path, saver: &dyn Saver, parameters: &Parameters) -> Result
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_values(folder: &Path, saver: &dyn Saver, parameters: &Parameters) -> Result<HashMap<String, Vec<f32>>> {
+pub fn read_values(
+    folder: &Path,
+    saver: &dyn Saver,
+    parameters: &Parameters,
+) -> Result<HashMap<String, Vec<f32>>> {
     let Some(file) = saver.exact_file() else {
         let path = folder.join(MASTER_WEIGHTS);
         let mut tensors = read_tensors(&path)?;
         let one = |parameter: &Parameter| {
             let tensor = tensors.remove(&parameter.name);
-            let tensor = tensor.filter(|tensor| tensor.dtype == state::DType::F32 && tensor.shape == parameter.shape);
+            let tensor =
+                tensor.filter(|tensor| tensor.dtype == state::DType::F32 && tensor.shape == parameter.shape);
             let tensor = tensor.ok_or_else(|| {
-                Error::checkpoint(&path, format!("has no `{}` of the shape {:?}", parameter.name, parameter.shape))
+                Error::checkpoint(
+                    &path,
+                    format!("has no `{}` of the shape {:?}", parameter.name, parameter.shape),
+                )
             })?;
-            let values = tensor.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+            let values = tensor
+                .data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|b| f32::from_le_bytes(*b));
             Ok((parameter.name.clone(), values.collect()))
         };
         return parameters.trainable().iter().map(one).collect();
@@ -275,7 +317,10 @@ pub fn read_values(folder: &Path, saver: &dyn Saver, parameters: &Parameters) ->
         let wrong = |what: String| Error::checkpoint(folder, format!("`{}` {what}", slot.tensor));
         let view = checkpoint.tensor(&slot.tensor)?;
         if view.shape != slot.shape {
-            return Err(wrong(format!("has the shape {:?}, and the model's has {:?}", view.shape, slot.shape)));
+            return Err(wrong(format!(
+                "has the shape {:?}, and the model's has {:?}",
+                view.shape, slot.shape
+            )));
         }
         let stored = to_f32(&view).map_err(wrong)?;
         Ok((parameter.name.clone(), slot.gather(&parameter.shape, &stored)))

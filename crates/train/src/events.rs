@@ -95,14 +95,24 @@ impl Callback for MetricsFile {
         match event {
             Event::Begin(_) => {
                 // What a training wrote after the checkpoint that goes on here is written again.
-                let lines: Vec<String> = state.log_history.iter().map(|log| format!("{}\n", Value::Object(log.clone()))).collect();
+                let lines: Vec<String> = state
+                    .log_history
+                    .iter()
+                    .map(|log| format!("{}\n", Value::Object(log.clone())))
+                    .collect();
                 std::fs::write(&self.path, lines.concat()).map_err(crate::Error::io(&self.path))
             }
             Event::Log(_) => {
-                let Some(log) = state.log_history.last() else { return Ok(()) };
-                let file = std::fs::OpenOptions::new().append(true).create(true).open(&self.path);
+                let Some(log) = state.log_history.last() else {
+                    return Ok(());
+                };
+                let file = std::fs::OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .open(&self.path);
                 let line = format!("{}\n", Value::Object(log.clone()));
-                file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(crate::Error::io(&self.path))
+                file.and_then(|mut file| file.write_all(line.as_bytes()))
+                    .map_err(crate::Error::io(&self.path))
             }
             _ => Ok(()),
         }

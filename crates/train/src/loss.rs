@@ -29,7 +29,9 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[i64], smoothing: f64) -> Opti
     let targets: Vec<i64> = learned.iter().map(|row| targets[*row as usize]).collect();
     let count = targets.len();
     let log_probs = activation::log_softmax(logits, 1);
-    let of_target = log_probs.clone().gather(1, ids(targets, &device).reshape([count, 1]));
+    let of_target = log_probs
+        .clone()
+        .gather(1, ids(targets, &device).reshape([count, 1]));
     let loss = of_target.mean().neg();
     Some(match smoothing {
         0.0 => loss,
@@ -69,7 +71,10 @@ mod tests {
         let expected = -(log_prob(rows[0], 1) + log_prob(rows[2], 2)) / 2.0;
         let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.0).expect("loss");
         assert!((number(loss) - expected).abs() < 1e-6);
-        let all: f32 = [0, 2].iter().flat_map(|row| (0..3).map(move |at| log_prob(rows[*row], at))).sum();
+        let all: f32 = [0, 2]
+            .iter()
+            .flat_map(|row| (0..3).map(move |at| log_prob(rows[*row], at)))
+            .sum();
         let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.1).expect("loss");
         assert!((number(loss) - (0.9 * expected - 0.1 * all / 6.0)).abs() < 1e-6);
         assert!(cross_entropy(logits, &[IGNORED; 3], 0.0).is_none());

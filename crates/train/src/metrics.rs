@@ -7,7 +7,10 @@ use oxiformers_data::tasks::{Batch, IGNORED, Targets};
 use crate::task::{Answers, Metrics};
 
 fn named<const N: usize>(metrics: [(&str, f64); N]) -> BTreeMap<String, f64> {
-    metrics.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
+    metrics
+        .into_iter()
+        .map(|(name, value)| (name.to_string(), value))
+        .collect()
 }
 
 fn share(part: u64, whole: u64) -> f64 {
@@ -50,7 +53,10 @@ impl Metrics<Batch> for TokenAccuracy {
             return;
         };
         for (answers, labels) in answers.iter().zip((self.expected)(batch, labels)) {
-            let learned = answers.iter().zip(&labels).filter(|(_, label)| **label != IGNORED);
+            let learned = answers
+                .iter()
+                .zip(&labels)
+                .filter(|(_, label)| **label != IGNORED);
             let (mut right, mut all) = (0, 0);
             for (answer, label) in learned {
                 right += u64::from(answer == label);
@@ -90,7 +96,10 @@ impl Classes {
 }
 
 fn argmax(row: &[f32]) -> i64 {
-    let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+    let best = row
+        .iter()
+        .enumerate()
+        .max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
     best.map_or(0, |(class, _)| class as i64)
 }
 
@@ -107,19 +116,30 @@ impl Metrics<Batch> for Classes {
     fn finish(&self) -> BTreeMap<String, f64> {
         let all: u64 = self.counts.values().sum();
         let sum = |keep: &dyn Fn(&(i64, i64)) -> bool| -> u64 {
-            self.counts.iter().filter(|(key, _)| keep(key)).map(|(_, count)| count).sum()
+            self.counts
+                .iter()
+                .filter(|(key, _)| keep(key))
+                .map(|(_, count)| count)
+                .sum()
         };
         let right = sum(&|(label, answer)| label == answer);
         let mut metrics = named([("accuracy", share(right, all))]);
         if self.classes == 0 {
             return metrics;
         }
-        let seen: BTreeSet<i64> = self.counts.keys().flat_map(|(label, answer)| [*label, *answer]).collect();
+        let seen: BTreeSet<i64> = self
+            .counts
+            .keys()
+            .flat_map(|(label, answer)| [*label, *answer])
+            .collect();
         let (mut macro_f1, mut weighted, mut cross) = (0.0, 0.0, 0.0);
         let (mut labels_squared, mut answers_squared) = (0.0, 0.0);
         for class in &seen {
             let hits = sum(&|key| *key == (*class, *class));
-            let (labels, answers) = (sum(&|(label, _)| label == class), sum(&|(_, answer)| answer == class));
+            let (labels, answers) = (
+                sum(&|(label, _)| label == class),
+                sum(&|(_, answer)| answer == class),
+            );
             let score = f1(hits, answers, labels);
             macro_f1 += score / seen.len() as f64;
             weighted += score * share(labels, all);
@@ -129,7 +149,11 @@ impl Metrics<Batch> for Classes {
         }
         let n = all as f64;
         let spread = ((n * n - labels_squared) * (n * n - answers_squared)).sqrt();
-        let matthews = if spread > 0.0 { (right as f64 * n - cross) / spread } else { 0.0 };
+        let matthews = if spread > 0.0 {
+            (right as f64 * n - cross) / spread
+        } else {
+            0.0
+        };
         metrics.extend(named([
             ("f1", macro_f1),
             ("f1_weighted", weighted),
@@ -186,7 +210,11 @@ impl Metrics<Batch> for Regression {
             return;
         };
         for (row, labels) in rows.iter().zip(labels) {
-            self.pairs.extend(row.iter().zip(labels).map(|(x, y)| (f64::from(*x), f64::from(*y))));
+            self.pairs.extend(
+                row.iter()
+                    .zip(labels)
+                    .map(|(x, y)| (f64::from(*x), f64::from(*y))),
+            );
         }
     }
 
@@ -194,7 +222,10 @@ impl Metrics<Batch> for Regression {
         let n = self.pairs.len().max(1) as f64;
         let mean = |of: &dyn Fn(&(f64, f64)) -> f64| self.pairs.iter().map(of).sum::<f64>() / n;
         let ranks = |of: &dyn Fn(&(f64, f64)) -> f64| ranks(&self.pairs.iter().map(of).collect::<Vec<_>>());
-        let ranked: Vec<(f64, f64)> = ranks(&|pair| pair.0).into_iter().zip(ranks(&|pair| pair.1)).collect();
+        let ranked: Vec<(f64, f64)> = ranks(&|pair| pair.0)
+            .into_iter()
+            .zip(ranks(&|pair| pair.1))
+            .collect();
         named([
             ("mse", mean(&|(x, y)| (x - y).powi(2))),
             ("mae", mean(&|(x, y)| (x - y).abs())),
@@ -206,10 +237,17 @@ impl Metrics<Batch> for Regression {
 
 fn correlation(pairs: &[(f64, f64)]) -> f64 {
     let n = pairs.len().max(1) as f64;
-    let (mx, my) = (pairs.iter().map(|p| p.0).sum::<f64>() / n, pairs.iter().map(|p| p.1).sum::<f64>() / n);
+    let (mx, my) = (
+        pairs.iter().map(|p| p.0).sum::<f64>() / n,
+        pairs.iter().map(|p| p.1).sum::<f64>() / n,
+    );
     let sum = |of: &dyn Fn(f64, f64) -> f64| pairs.iter().map(|(x, y)| of(x - mx, y - my)).sum::<f64>();
     let spread = (sum(&|x, _| x * x) * sum(&|_, y| y * y)).sqrt();
-    if spread > 0.0 { sum(&|x, y| x * y) / spread } else { 0.0 }
+    if spread > 0.0 {
+        sum(&|x, y| x * y) / spread
+    } else {
+        0.0
+    }
 }
 
 /// Places in the order of values; equal ones share the mean of their places.
@@ -220,7 +258,9 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     let mut begin = 0;
     while begin < order.len() {
         let value = values[order[begin]];
-        let end = (begin..order.len()).find(|at| values[order[*at]] != value).unwrap_or(order.len());
+        let end = (begin..order.len())
+            .find(|at| values[order[*at]] != value)
+            .unwrap_or(order.len());
         for at in begin..end {
             ranks[order[at]] = (begin + end - 1) as f64 / 2.0;
         }
@@ -259,7 +299,9 @@ impl Tags {
         let mut entities = BTreeSet::new();
         let mut open: Option<(String, usize)> = None;
         for at in 0..=tags.len() {
-            let tag = tags.get(at).and_then(|tag| self.labels.get(usize::try_from(*tag).ok()?));
+            let tag = tags
+                .get(at)
+                .and_then(|tag| self.labels.get(usize::try_from(*tag).ok()?));
             let (begins, kind) = match tag.and_then(|tag| tag.split_once('-')) {
                 Some(("B" | "S" | "U", kind)) => (true, Some(kind)),
                 Some((_, kind)) => (false, Some(kind)),
@@ -284,7 +326,8 @@ impl Metrics<Batch> for Tags {
         };
         for (answers, labels) in answers.iter().zip(labels) {
             let learned = answers.iter().zip(labels).filter(|(_, label)| **label != IGNORED);
-            let (answers, labels): (Vec<i64>, Vec<i64>) = learned.map(|(answer, label)| (*answer, *label)).unzip();
+            let (answers, labels): (Vec<i64>, Vec<i64>) =
+                learned.map(|(answer, label)| (*answer, *label)).unzip();
             self.right += answers.iter().zip(&labels).filter(|(a, b)| a == b).count() as u64;
             self.all += labels.len() as u64;
             let (ours, theirs) = (self.entities(&answers), self.entities(&labels));
@@ -317,7 +360,13 @@ pub struct Spans {
 
 impl Metrics<Batch> for Spans {
     fn add(&mut self, answers: &Answers, batch: &Batch) {
-        let (Answers::Spans { start, end }, Targets::Spans { start: true_start, end: true_end }) = (answers, &batch.labels)
+        let (
+            Answers::Spans { start, end },
+            Targets::Spans {
+                start: true_start,
+                end: true_end,
+            },
+        ) = (answers, &batch.labels)
         else {
             return;
         };
@@ -326,7 +375,11 @@ impl Metrics<Batch> for Spans {
             let common = length(*start.max(true_start), *end.min(true_end));
             let both = length(*start, *end) + length(*true_start, *true_end);
             self.exact += u64::from(start == true_start && end == true_end);
-            self.overlap += if both > 0 { 2.0 * common as f64 / both as f64 } else { 0.0 };
+            self.overlap += if both > 0 {
+                2.0 * common as f64 / both as f64
+            } else {
+                0.0
+            };
             self.all += 1;
         }
     }
@@ -362,27 +415,41 @@ mod tests {
     #[test]
     fn classes() {
         let mut metrics = Classes::new(3);
-        let row = |class: usize| (0..3).map(|at| f32::from(u8::from(at == class))).collect::<Vec<f32>>();
+        let row = |class: usize| {
+            (0..3)
+                .map(|at| f32::from(u8::from(at == class)))
+                .collect::<Vec<f32>>()
+        };
         let answers = Answers::Rows([0, 1, 2, 2, 0, 1].map(row).to_vec());
         metrics.add(&answers, &batch(Targets::Classes(vec![0, 1, 1, 2, 0, IGNORED])));
         let metrics = metrics.finish();
         close(&metrics, "accuracy", 0.8);
         close(&metrics, "f1", (1.0 + 2.0 / 3.0 + 2.0 / 3.0) / 3.0);
         close(&metrics, "f1_weighted", 0.8);
-        close(&metrics, "matthews_correlation", (4.0 * 5.0 - 8.0) / (16.0f64 * 16.0).sqrt());
+        close(
+            &metrics,
+            "matthews_correlation",
+            (4.0 * 5.0 - 8.0) / (16.0f64 * 16.0).sqrt(),
+        );
     }
 
     #[test]
     fn several_labels_and_numbers() {
         let mut metrics = MultiLabel::default();
         let answers = Answers::Rows(vec![vec![1.0, -1.0, 2.0], vec![-1.0, -1.0, 1.0]]);
-        metrics.add(&answers, &batch(Targets::Numbers(vec![vec![1.0, 0.0, 0.0], vec![0.0, 0.0, 1.0]])));
+        metrics.add(
+            &answers,
+            &batch(Targets::Numbers(vec![vec![1.0, 0.0, 0.0], vec![0.0, 0.0, 1.0]])),
+        );
         let found = metrics.finish();
         close(&found, "accuracy", 0.5);
         close(&found, "f1", 0.8);
         let mut metrics = Regression::default();
         let answers = Answers::Rows(vec![vec![1.0], vec![2.0], vec![4.0]]);
-        metrics.add(&answers, &batch(Targets::Numbers(vec![vec![1.0], vec![3.0], vec![9.0]])));
+        metrics.add(
+            &answers,
+            &batch(Targets::Numbers(vec![vec![1.0], vec![3.0], vec![9.0]])),
+        );
         let found = metrics.finish();
         close(&found, "mse", 26.0 / 3.0);
         close(&found, "spearman", 1.0);
@@ -395,21 +462,36 @@ mod tests {
         let mut metrics = Tags::new(&labels);
         // PER(0..2), LOC(3..4) against PER(0..2), LOC(3..5); the ignored token counts nowhere.
         let answers = Answers::Tokens(vec![vec![1, 2, 4, 0, 3, 0]]);
-        metrics.add(&answers, &batch(Targets::Tokens(vec![vec![1, 2, IGNORED, 0, 3, 4]])));
+        metrics.add(
+            &answers,
+            &batch(Targets::Tokens(vec![vec![1, 2, IGNORED, 0, 3, 4]])),
+        );
         let found = metrics.finish();
         close(&found, "accuracy", 0.8);
         close(&found, "f1", 0.5);
         // A kind that changes begins an entity, whatever it is called.
         let found = metrics.entities(&[2, 4, 4, 3]);
-        let found: Vec<_> = found.iter().map(|(kind, start, end)| (kind.as_str(), *start, *end)).collect();
+        let found: Vec<_> = found
+            .iter()
+            .map(|(kind, start, end)| (kind.as_str(), *start, *end))
+            .collect();
         assert_eq!(found, [("LOC", 1, 3), ("LOC", 3, 4), ("PER", 0, 1)]);
     }
 
     #[test]
     fn spans() {
         let mut metrics = Spans::default();
-        let answers = Answers::Spans { start: vec![2, 5], end: vec![4, 4] };
-        metrics.add(&answers, &batch(Targets::Spans { start: vec![3, 1], end: vec![4, 2] }));
+        let answers = Answers::Spans {
+            start: vec![2, 5],
+            end: vec![4, 4],
+        };
+        metrics.add(
+            &answers,
+            &batch(Targets::Spans {
+                start: vec![3, 1],
+                end: vec![4, 2],
+            }),
+        );
         let found = metrics.finish();
         close(&found, "exact_match", 0.0);
         close(&found, "f1", 0.4);

@@ -1,7 +1,7 @@
 //! A training as a file says it: the task, the model, the data and the arguments.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -79,7 +79,7 @@ impl OneOrMany {
 pub struct ModelSection {
     /// The checkpoint to begin with; without it, `config` says what is built anew.
     pub name: Option<String>,
-    /// The fields of `config.json` of a new model.
+    /// The fields of `config.json` of a new model, or those in which it differs from the checkpoint's.
     pub config: Option<Map<String, Value>>,
     /// Where the tokenizer is, if not with the model.
     pub tokenizer: Option<String>,
@@ -236,7 +236,7 @@ pub trait Job {
     ///
     /// # Errors
     /// As there.
-    fn save_model(&self, folder: &std::path::Path) -> Result<()>;
+    fn save_model(&self, folder: &Path) -> Result<()>;
     /// Lets somebody watch.
     fn watch(&mut self, callback: Box<dyn Callback>);
     /// After the step during which this becomes true, the training stops.
@@ -264,7 +264,7 @@ impl<T: Task> Job for Trainer<T> {
         self.measure_blocking()
     }
 
-    fn save_model(&self, folder: &std::path::Path) -> Result<()> {
+    fn save_model(&self, folder: &Path) -> Result<()> {
         self.save_model_blocking(folder)
     }
 
@@ -369,6 +369,13 @@ impl Recipe {
     fn config(&self, files: Option<&ModelFiles>, tokenizer: &Tokenizer) -> Result<AutoConfig> {
         let config = match (files, &self.model.config) {
             (Some(files), None) => AutoConfig::from_files(files)?,
+            (Some(files), Some(changed)) => {
+                let mut json = AutoConfig::from_files(files)?.json;
+                if let Some(fields) = json.as_object_mut() {
+                    fields.extend(changed.clone());
+                }
+                AutoConfig::from_json(json, files.name())?
+            }
             (None, Some(fields)) => {
                 let mut fields = fields.clone();
                 let ids = [
@@ -387,10 +394,10 @@ impl Recipe {
                 }
                 AutoConfig::from_json(Value::Object(fields), "model.config")?
             }
-            _ => {
+            (None, None) => {
                 return Err(Error::config(
                     "model",
-                    "needs either `name`, a checkpoint to begin with, or `config`, the fields of a new model",
+                    "needs `name`, a checkpoint to begin with, or `config`, the fields of a new model",
                 ));
             }
         };
@@ -428,11 +435,20 @@ impl Recipe {
         Ok(config.for_task(class, labels, self.model.problem_type.filter(|_| labelled))?)
     }
 
+    /// The size of blocks, where texts are joined at all.
+    fn block_size(&self) -> Option<usize> {
+        let joins = matches!(
+            self.task,
+            TaskName::CausalLm | TaskName::MaskedLm | TaskName::Denoising
+        );
+        self.data.block_size.filter(|_| joins)
+    }
+
     fn max_length(&self, config: &AutoConfig, tokenizer: &Tokenizer) -> Option<usize> {
         let said = self.data.max_length;
         let model = config.architecture.max_position_embeddings();
         // Texts that are cut into blocks are of any length.
-        match (said, self.data.block_size) {
+        match (said, self.block_size()) {
             (None, Some(_)) => None,
             (Some(said), _) => Some(said),
             (None, None) => [model, tokenizer.config().model_max_length]
@@ -557,7 +573,7 @@ impl Recipe {
         objective: &dyn Objective,
         named: &OneOrMany,
         around: &mut Surroundings,
-        folder: &PathBuf,
+        folder: &Path,
     ) -> Result<TokenCache> {
         let format = self
             .data
@@ -566,7 +582,7 @@ impl Recipe {
             .map(str::parse::<Format>)
             .transpose()?;
         let options = CacheOptions {
-            folder: folder.clone(),
+            folder: folder.to_path_buf(),
             sample_by: self.data.sample_by.parse::<SampleBy>()?,
             bad_data: self.data.bad_data,
             max_records: self.data.max_records,
@@ -587,7 +603,7 @@ impl Recipe {
             .cache
             .clone()
             .unwrap_or_else(|| arguments.output_dir.join("cache"));
-        let dataset = |cache: TokenCache| match self.data.block_size {
+        let dataset = |cache: TokenCache| match self.block_size() {
             Some(size) => Dataset::blocks(cache, size, self.data.packing),
             None => Ok(Dataset::new(cache)),
         };

@@ -127,7 +127,10 @@ impl Logits {
                 let values: Vec<f32> = values.iter::<f32>().collect();
                 Answers::Rows(values.chunks(classes.max(1)).map(<[f32]>::to_vec).collect())
             }
-            Self::Spans(SpanLogits { start_logits, end_logits }) => {
+            Self::Spans(SpanLogits {
+                start_logits,
+                end_logits,
+            }) => {
                 let start = start_logits.argmax(1).into_data_async().await.map_err(device)?;
                 let end = end_logits.argmax(1).into_data_async().await.map_err(device)?;
                 Answers::Spans {

@@ -32,7 +32,9 @@ fn check_ids(name: &str, rows: &[Vec<u32>], vocab_size: usize) -> Result<()> {
     match rows.iter().flatten().find(|id| **id as usize >= vocab_size) {
         None => Ok(()),
         Some(id) => {
-            let message = format!("holds the token {id}, and the model knows {vocab_size}; is the tokenizer another model's?");
+            let message = format!(
+                "holds the token {id}, and the model knows {vocab_size}; is the tokenizer another model's?"
+            );
             Err(Error::config(name, message))
         }
     }
@@ -43,14 +45,18 @@ fn check_length(seq: usize, most: Option<usize>) -> Result<()> {
     match most.filter(|most| seq > *most) {
         None => Ok(()),
         Some(most) => {
-            let message = format!("lets through a sequence of {seq} tokens, and the model was made for {most}");
+            let message =
+                format!("lets through a sequence of {seq} tokens, and the model was made for {most}");
             Err(Error::config("max_length", message))
         }
     }
 }
 
 fn wrong_targets(task: &str) -> Error {
-    Error::config("task", format!("is {task}, and the batch has the labels of another one"))
+    Error::config(
+        "task",
+        format!("is {task}, and the batch has the labels of another one"),
+    )
 }
 
 /// Classes that are not ignored.
@@ -137,7 +143,11 @@ impl Task for CausalLanguageModeling {
             options.label_smoothing,
         );
         Ok(Outputs {
-            logits: if options.answers { Logits::Tokens(logits) } else { Logits::None },
+            logits: if options.answers {
+                Logits::Tokens(logits)
+            } else {
+                Logits::None
+            },
             ..Outputs::new(loss)
         })
     }
@@ -145,7 +155,10 @@ impl Task for CausalLanguageModeling {
     fn metrics(&self) -> Box<dyn Metrics<Batch>> {
         Box::new(TokenAccuracy::of(|batch, labels| {
             let seq = labels.first().map_or(1, Vec::len);
-            next_tokens(batch, labels).chunks(seq.max(1)).map(<[i64]>::to_vec).collect()
+            next_tokens(batch, labels)
+                .chunks(seq.max(1))
+                .map(<[i64]>::to_vec)
+                .collect()
         }))
     }
 
@@ -167,14 +180,24 @@ pub trait TrainedHead: TaskType {
     ///
     /// # Errors
     /// Where the labels are another task's.
-    fn loss(logits: Self::Logits, labels: &Targets, problem: ProblemType, smoothing: f64) -> Result<(Option<Tensor<1>>, Logits)>;
+    fn loss(
+        logits: Self::Logits,
+        labels: &Targets,
+        problem: ProblemType,
+        smoothing: f64,
+    ) -> Result<(Option<Tensor<1>>, Logits)>;
 
     /// Metrics of an evaluation; `labels` are the names of classes.
     fn metrics(problem: ProblemType, labels: &[String]) -> Box<dyn Metrics<Batch>>;
 }
 
 /// Classes of each token.
-fn of_tokens(logits: Tensor<3>, labels: &Targets, name: &str, smoothing: f64) -> Result<(Option<Tensor<1>>, Logits)> {
+fn of_tokens(
+    logits: Tensor<3>,
+    labels: &Targets,
+    name: &str,
+    smoothing: f64,
+) -> Result<(Option<Tensor<1>>, Logits)> {
     let Targets::Tokens(labels) = labels else {
         return Err(wrong_targets(name));
     };
@@ -187,7 +210,12 @@ fn of_tokens(logits: Tensor<3>, labels: &Targets, name: &str, smoothing: f64) ->
 impl TrainedHead for MaskedLM {
     const NAME: &'static str = "masked-lm";
 
-    fn loss(logits: Tensor<3>, labels: &Targets, _: ProblemType, smoothing: f64) -> Result<(Option<Tensor<1>>, Logits)> {
+    fn loss(
+        logits: Tensor<3>,
+        labels: &Targets,
+        _: ProblemType,
+        smoothing: f64,
+    ) -> Result<(Option<Tensor<1>>, Logits)> {
         of_tokens(logits, labels, Self::NAME, smoothing)
     }
 
@@ -199,7 +227,12 @@ impl TrainedHead for MaskedLM {
 impl TrainedHead for TokenClassification {
     const NAME: &'static str = "token-classification";
 
-    fn loss(logits: Tensor<3>, labels: &Targets, _: ProblemType, smoothing: f64) -> Result<(Option<Tensor<1>>, Logits)> {
+    fn loss(
+        logits: Tensor<3>,
+        labels: &Targets,
+        _: ProblemType,
+        smoothing: f64,
+    ) -> Result<(Option<Tensor<1>>, Logits)> {
         of_tokens(logits, labels, Self::NAME, smoothing)
     }
 
@@ -211,7 +244,12 @@ impl TrainedHead for TokenClassification {
 impl TrainedHead for SequenceClassification {
     const NAME: &'static str = "text-classification";
 
-    fn loss(logits: Tensor<2>, labels: &Targets, problem: ProblemType, smoothing: f64) -> Result<(Option<Tensor<1>>, Logits)> {
+    fn loss(
+        logits: Tensor<2>,
+        labels: &Targets,
+        problem: ProblemType,
+        smoothing: f64,
+    ) -> Result<(Option<Tensor<1>>, Logits)> {
         let flat = |numbers: &[Vec<f32>]| numbers.iter().flatten().copied().collect::<Vec<f32>>();
         let loss = match (problem, labels) {
             (ProblemType::SingleLabelClassification, Targets::Classes(classes)) => {
@@ -223,7 +261,12 @@ impl TrainedHead for SequenceClassification {
             (ProblemType::Regression, Targets::Numbers(numbers)) => {
                 Some(mean_squared_error(logits.clone(), flat(numbers)))
             }
-            _ => return Err(Error::config("problem_type", format!("is {problem:?}, and the labels are of another kind"))),
+            _ => {
+                return Err(Error::config(
+                    "problem_type",
+                    format!("is {problem:?}, and the labels are of another kind"),
+                ));
+            }
         };
         Ok((loss, Logits::Rows(logits)))
     }
@@ -240,11 +283,19 @@ impl TrainedHead for SequenceClassification {
 impl TrainedHead for MultipleChoice {
     const NAME: &'static str = "multiple-choice";
 
-    fn loss(logits: Tensor<2>, labels: &Targets, _: ProblemType, smoothing: f64) -> Result<(Option<Tensor<1>>, Logits)> {
+    fn loss(
+        logits: Tensor<2>,
+        labels: &Targets,
+        _: ProblemType,
+        smoothing: f64,
+    ) -> Result<(Option<Tensor<1>>, Logits)> {
         let Targets::Classes(classes) = labels else {
             return Err(wrong_targets(Self::NAME));
         };
-        Ok((cross_entropy(logits.clone(), classes, smoothing), Logits::Rows(logits)))
+        Ok((
+            cross_entropy(logits.clone(), classes, smoothing),
+            Logits::Rows(logits),
+        ))
     }
 
     fn metrics(_: ProblemType, _: &[String]) -> Box<dyn Metrics<Batch>> {
@@ -255,14 +306,25 @@ impl TrainedHead for MultipleChoice {
 impl TrainedHead for QuestionAnswering {
     const NAME: &'static str = "question-answering";
 
-    fn loss(logits: SpanLogits, labels: &Targets, _: ProblemType, smoothing: f64) -> Result<(Option<Tensor<1>>, Logits)> {
+    fn loss(
+        logits: SpanLogits,
+        labels: &Targets,
+        _: ProblemType,
+        smoothing: f64,
+    ) -> Result<(Option<Tensor<1>>, Logits)> {
         let Targets::Spans { start, end } = labels else {
             return Err(wrong_targets(Self::NAME));
         };
         let [_, seq] = logits.start_logits.dims();
         // Places outside of the window are not learned.
         let within = |places: &[i64]| -> Vec<i64> {
-            let one = |at: &i64| if (0..seq as i64).contains(at) { *at } else { IGNORED };
+            let one = |at: &i64| {
+                if (0..seq as i64).contains(at) {
+                    *at
+                } else {
+                    IGNORED
+                }
+            };
             places.iter().map(one).collect()
         };
         let start = cross_entropy(logits.start_logits.clone(), &within(start), smoothing);
@@ -347,7 +409,12 @@ impl<T: TrainedHead> Task for HeadTask<T> {
             ..EncoderInputs::default()
         };
         let output = model.forward(&inputs)?;
-        let (loss, logits) = T::loss(output.logits, &batch.labels, self.of.problem, options.label_smoothing)?;
+        let (loss, logits) = T::loss(
+            output.logits,
+            &batch.labels,
+            self.of.problem,
+            options.label_smoothing,
+        )?;
         Ok(Outputs {
             logits: if options.answers { logits } else { Logits::None },
             ..Outputs::new(loss)
@@ -395,9 +462,14 @@ impl Seq2SeqLanguageModeling {
         let shift = match config.model_type.as_str() {
             "mbart" | "plbart" => Shift::Around,
             // As their configurations say where config.json does not.
-            "t5" | "mt5" | "umt5" | "pegasus" => Shift::After(id("decoder_start_token_id").or(pad).unwrap_or(0)),
+            "t5" | "mt5" | "umt5" | "pegasus" => {
+                Shift::After(id("decoder_start_token_id").or(pad).unwrap_or(0))
+            }
             _ => Shift::After(id("decoder_start_token_id").ok_or_else(|| {
-                Error::config("decoder_start_token_id", "is missing in config.json; the decoder has to begin with a token")
+                Error::config(
+                    "decoder_start_token_id",
+                    "is missing in config.json; the decoder has to begin with a token",
+                )
             })?),
         };
         Ok(Self {
@@ -417,11 +489,17 @@ impl Seq2SeqLanguageModeling {
             let first = match self.shift {
                 Shift::After(token) => token,
                 Shift::Around => {
-                    let last = labels.iter().rev().find(|label| **label >= 0 && **label != i64::from(self.pad));
+                    let last = labels
+                        .iter()
+                        .rev()
+                        .find(|label| **label >= 0 && **label != i64::from(self.pad));
                     last.map_or(self.pad, id)
                 }
             };
-            std::iter::once(first).chain(labels.iter().map(id)).take(labels.len()).collect()
+            std::iter::once(first)
+                .chain(labels.iter().map(id))
+                .take(labels.len())
+                .collect()
         };
         labels.iter().map(row).collect()
     }

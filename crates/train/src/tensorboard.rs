@@ -78,8 +78,14 @@ impl TensorBoard {
             std::fs::create_dir_all(&self.folder).map_err(Error::io(&self.folder))?;
             let seconds = now() as u64;
             let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "localhost".to_string());
-            let host: String = host.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').collect();
-            let name = format!("events.out.tfevents.{seconds:010}.{host}.{}.0", std::process::id());
+            let host: String = host
+                .chars()
+                .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
+                .collect();
+            let name = format!(
+                "events.out.tfevents.{seconds:010}.{host}.{}.0",
+                std::process::id()
+            );
             let path = self.folder.join(name);
             let file = OpenOptions::new().create(true).append(true).open(&path);
             self.file = Some((path.clone(), file.map_err(Error::io(&path))?));
@@ -90,14 +96,18 @@ impl TensorBoard {
             })?;
         }
         match &mut self.file {
-            Some((path, file)) => file.write_all(&record(&message.encode_to_vec())).map_err(Error::io(path)),
+            Some((path, file)) => file
+                .write_all(&record(&message.encode_to_vec()))
+                .map_err(Error::io(path)),
             None => Ok(()),
         }
     }
 }
 
 fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
 }
 
 impl Callback for TensorBoard {
@@ -115,7 +125,11 @@ impl Callback for TensorBoard {
                 simple_value: value.as_f64()? as f32,
             })
         };
-        let value = log.iter().filter(|(name, _)| *name != "step").filter_map(value).collect();
+        let value = log
+            .iter()
+            .filter(|(name, _)| *name != "step")
+            .filter_map(value)
+            .collect();
         self.write(&EventMessage {
             wall_time: now(),
             step: state.global_step as i64,
@@ -133,7 +147,10 @@ mod tests {
     #[test]
     fn checksums() {
         assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
-        assert_eq!(masked_crc(b"123456789"), 0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8));
+        assert_eq!(
+            masked_crc(b"123456789"),
+            0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8)
+        );
         let record = record(b"abc");
         assert_eq!(record.len(), 8 + 4 + 3 + 4);
         assert_eq!(&record[..8], &3u64.to_le_bytes());
@@ -149,8 +166,15 @@ mod tests {
             ..TrainerState::default()
         };
         let event = Event::Log(log.as_object().expect("log"));
-        board.on_event(&event, &state, &TrainingArguments::default()).expect("written");
-        let path = std::fs::read_dir(folder.path()).expect("folder").next().expect("file").expect("entry").path();
+        board
+            .on_event(&event, &state, &TrainingArguments::default())
+            .expect("written");
+        let path = std::fs::read_dir(folder.path())
+            .expect("folder")
+            .next()
+            .expect("file")
+            .expect("entry")
+            .path();
         let bytes = std::fs::read(path).expect("file");
         let (mut at, mut events) = (0, Vec::new());
         while at < bytes.len() {
@@ -163,9 +187,15 @@ mod tests {
         }
         assert_eq!(events[0].file_version.as_deref(), Some("brain.Event:2"));
         let values = &events[1].summary.as_ref().expect("summary").value;
-        let mut tags: Vec<_> = values.iter().map(|value| (value.tag.as_str(), value.simple_value)).collect();
+        let mut tags: Vec<_> = values
+            .iter()
+            .map(|value| (value.tag.as_str(), value.simple_value))
+            .collect();
         tags.sort_by(|a, b| a.0.cmp(b.0));
         assert_eq!(events[1].step, 7);
-        assert_eq!(tags, [("eval/loss", 2.5), ("train/epoch", 1.0), ("train/loss", 1.5)]);
+        assert_eq!(
+            tags,
+            [("eval/loss", 2.5), ("train/epoch", 1.0), ("train/loss", 1.5)]
+        );
     }
 }

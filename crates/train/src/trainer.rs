@@ -89,7 +89,10 @@ struct Taken<B> {
 /// Why a step was not made.
 enum Failure {
     /// A loss or a norm is no number.
-    Nan { what: String, value: f64 },
+    Nan {
+        what: String,
+        value: f64,
+    },
     Error(Error),
 }
 
@@ -206,7 +209,9 @@ impl<T: Task> Trainer<T> {
     /// # Errors
     /// Where a step was torn in two by a panic.
     pub fn model(&self) -> Result<&T::Model> {
-        self.model.as_ref().ok_or_else(|| Error::Device("the model was lost in a step that failed".to_string()))
+        self.model
+            .as_ref()
+            .ok_or_else(|| Error::Device("the model was lost in a step that failed".to_string()))
     }
 
     /// The model, for further use.
@@ -215,14 +220,18 @@ impl<T: Task> Trainer<T> {
     /// As [`model`](Self::model).
     pub fn into_model(mut self) -> Result<T::Model> {
         self.model()?;
-        self.model.take().ok_or_else(|| Error::Device("the model was lost".to_string()))
+        self.model
+            .take()
+            .ok_or_else(|| Error::Device("the model was lost".to_string()))
     }
 
     /// What there is to do, from the step that a checkpoint has reached.
     pub fn plan(&self) -> Plan {
         let per_device = self.arguments.per_device_train_batch_size;
         let all = batches(self.train.len(), per_device, self.arguments.dataloader_drop_last);
-        let steps_per_epoch = all.div_ceil(self.arguments.gradient_accumulation_steps as u64).max(1);
+        let steps_per_epoch = all
+            .div_ceil(self.arguments.gradient_accumulation_steps as u64)
+            .max(1);
         let max_steps = match self.arguments.max_steps {
             steps @ 1.. => steps as u64,
             _ => (self.arguments.num_train_epochs * steps_per_epoch as f64).ceil() as u64,
@@ -267,8 +276,17 @@ impl<T: Task> Trainer<T> {
         self.hold_masters().await?;
         self.resume()?;
         let plan = self.plan();
-        if self.train.is_empty() || batches(self.train.len(), self.arguments.per_device_train_batch_size, self.arguments.dataloader_drop_last) == 0 {
-            return Err(Error::config("train", "holds no examples, or less than a batch (dataloader_drop_last)"));
+        if self.train.is_empty()
+            || batches(
+                self.train.len(),
+                self.arguments.per_device_train_batch_size,
+                self.arguments.dataloader_drop_last,
+            ) == 0
+        {
+            return Err(Error::config(
+                "train",
+                "holds no examples, or less than a batch (dataloader_drop_last)",
+            ));
         }
         self.state.max_steps = plan.max_steps;
         let mut schedule = self.schedule(plan.max_steps)?;
@@ -321,7 +339,9 @@ impl<T: Task> Trainer<T> {
                 _ => self.state.global_step as f64,
             };
             let (mut is_best, mut is_over) = (false, false);
-            if self.is_due(self.arguments.eval_strategy, eval_steps, ends_epoch) && so_far >= self.arguments.eval_delay {
+            if self.is_due(self.arguments.eval_strategy, eval_steps, ends_epoch)
+                && so_far >= self.arguments.eval_delay
+            {
                 (is_best, is_over) = self.evaluate_and_judge(&mut schedule).await?;
             }
             let strategy = self.arguments.save_strategy;
@@ -348,7 +368,10 @@ impl<T: Task> Trainer<T> {
             let mut log = Map::new();
             log.insert("train_loss".to_string(), json!(training_loss));
             log.insert("train_runtime".to_string(), json!(seconds));
-            log.insert("train_steps_per_second".to_string(), json!(steps as f64 / seconds.max(1e-9)));
+            log.insert(
+                "train_steps_per_second".to_string(),
+                json!(steps as f64 / seconds.max(1e-9)),
+            );
             self.log(log)?;
         }
         let finished = outcome == Outcome::Finished;
@@ -415,7 +438,10 @@ impl<T: Task> Trainer<T> {
                 add_log(&mut logged, name, read(value).await? / all as f64);
             }
             metrics.add(&outputs.logits.read().await?, &batch);
-            self.emit(&Event::Evaluating { done: number + 1, all })?;
+            self.emit(&Event::Evaluating {
+                done: number + 1,
+                all,
+            })?;
             if self.stop.load(Ordering::SeqCst) && self.state.max_steps == 0 {
                 break;
             }
@@ -434,7 +460,10 @@ impl<T: Task> Trainer<T> {
         }
         let seconds = began.elapsed().as_secs_f64();
         log.insert("eval_runtime".to_string(), json!(seconds));
-        log.insert("eval_samples_per_second".to_string(), json!(data.len() as f64 / seconds.max(1e-9)));
+        log.insert(
+            "eval_samples_per_second".to_string(),
+            json!(data.len() as f64 / seconds.max(1e-9)),
+        );
         Ok(log)
     }
 
@@ -487,7 +516,10 @@ impl<T: Task> Trainer<T> {
             let batch = self.task.collate(self.model()?, &rows, draw)?;
             taken.push(Taken {
                 size: self.task.size(&batch),
-                sources: rows.iter().map(|row| data.source(row.index, &row.example)).collect(),
+                sources: rows
+                    .iter()
+                    .map(|row| data.source(row.index, &row.example))
+                    .collect(),
                 batch,
             });
         }
@@ -525,7 +557,11 @@ impl<T: Task> Trainer<T> {
             }
             done.loss += value;
             if !loss.is_tracked() {
-                return Err(Error::config("parameters", "are not what the loss depends on; load the model on a device with autodiff").into());
+                return Err(Error::config(
+                    "parameters",
+                    "are not what the loss depends on; load the model on a device with autodiff",
+                )
+                .into());
             }
             let gradients = loss.backward();
             drop(loss);
@@ -535,16 +571,27 @@ impl<T: Task> Trainer<T> {
             for (id, grad) in new {
                 let grad = Buffer::new(grad).await?;
                 match grads.get_mut(&id) {
-                    Some(sum) => sum.values_mut().iter_mut().zip(grad.values()).for_each(|(sum, grad)| *sum += grad),
+                    Some(sum) => sum
+                        .values_mut()
+                        .iter_mut()
+                        .zip(grad.values())
+                        .for_each(|(sum, grad)| *sum += grad),
                     None => drop(grads.insert(id, grad)),
                 }
             }
         }
-        let in_order = || self.trainable.iter().filter_map(|parameter| grads.get(&parameter.id));
+        let in_order = || {
+            self.trainable
+                .iter()
+                .filter_map(|parameter| grads.get(&parameter.id))
+        };
         done.grad_norm = clip::norm(in_order().map(Buffer::values));
         if !done.grad_norm.is_finite() {
             let what = self.not_finite(&grads);
-            return Err(Failure::Nan { what, value: done.grad_norm });
+            return Err(Failure::Nan {
+                what,
+                value: done.grad_norm,
+            });
         }
         self.update(&grads, learning_rate, done.grad_norm).await?;
         Ok(done)
@@ -564,17 +611,27 @@ impl<T: Task> Trainer<T> {
 
     fn take_model(&mut self) -> Result<T::Model> {
         self.model()?;
-        self.model.take().ok_or_else(|| Error::Device("the model was lost".to_string()))
+        self.model
+            .take()
+            .ok_or_else(|| Error::Device("the model was lost".to_string()))
     }
 
     /// Changes the values by their gradients.
     async fn update(&mut self, grads: &HashMap<ParamId, Buffer>, lr: f64, norm: f64) -> Result<()> {
         let most = self.arguments.max_grad_norm;
-        let grad_scale = if most > 0.0 { clip::clip_coefficient(norm, most) as f32 } else { 1.0 };
+        let grad_scale = if most > 0.0 {
+            clip::clip_coefficient(norm, most) as f32
+        } else {
+            1.0
+        };
         let step = Step { lr, grad_scale };
         let (model, mut values, _) = parameters::take(self.take_model()?, &self.ids, None);
         for parameter in &self.trainable {
-            let (Some(grad), Some(tensor)) = (grads.get(&parameter.id), values.remove(&parameter.id)) else {
+            // What took no part in the loss stays as it is.
+            let Some(grad) = grads.get(&parameter.id) else {
+                continue;
+            };
+            let Some(tensor) = values.remove(&parameter.id) else {
                 continue;
             };
             let of = optim::Parameter {
@@ -583,9 +640,14 @@ impl<T: Task> Trainer<T> {
                 decays: parameter.kind != Kind::LayerNorm && decay::decays(&parameter.name),
                 embedding: parameter.kind == Kind::Embedding,
             };
-            let changed = match self.masters.as_mut().and_then(|masters| masters.get_mut(&parameter.id)) {
+            let changed = match self
+                .masters
+                .as_mut()
+                .and_then(|masters| masters.get_mut(&parameter.id))
+            {
                 Some(master) => {
-                    self.optimizer.update(of, master.values_mut(), grad.values(), step);
+                    self.optimizer
+                        .update(of, master.values_mut(), grad.values(), step);
                     like(&tensor, master.values())
                 }
                 None => {
@@ -604,7 +666,9 @@ impl<T: Task> Trainer<T> {
     fn pass(&self, batch: u64) -> Pass {
         let mut seed = self.arguments.seed ^ 0x5851_f42d_4c95_7f2d;
         for number in [self.state.global_step, batch] {
-            seed = (seed ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+            seed = (seed ^ number)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(29);
         }
         Pass {
             seed,
@@ -622,7 +686,12 @@ impl<T: Task> Trainer<T> {
             examples.push(format!("and {more} more"));
         }
         let step = self.state.global_step + 1;
-        let error = Error::Diverged { step, what, value, examples };
+        let error = Error::Diverged {
+            step,
+            what,
+            value,
+            examples,
+        };
         if self.arguments.on_nan == OnNan::Stop {
             return Err(error);
         }
@@ -694,7 +763,10 @@ impl<T: Task> Trainer<T> {
             return Ok((false, false));
         }
         let metric = metric.ok_or_else(|| {
-            Error::config("metric_for_best_model", format!("is `{name}`; evaluation gives {}", known.join(", ")))
+            Error::config(
+                "metric_for_best_model",
+                format!("is `{name}`; evaluation gives {}", known.join(", ")),
+            )
         })?;
         schedule.observe(metric);
         let better = |than: f64, by: f64| match self.arguments.greater_is_better() {
@@ -704,7 +776,11 @@ impl<T: Task> Trainer<T> {
         let best = self.state.best_metric;
         let patient = best.is_none_or(|best| better(best, self.arguments.early_stopping_threshold));
         let is_best = best.is_none_or(|best| better(best, 0.0));
-        self.state.patience_counter = if patient { 0 } else { self.state.patience_counter + 1 };
+        self.state.patience_counter = if patient {
+            0
+        } else {
+            self.state.patience_counter + 1
+        };
         if is_best {
             self.state.best_metric = Some(metric);
             self.state.best_global_step = Some(self.state.global_step);
@@ -718,9 +794,15 @@ impl<T: Task> Trainer<T> {
     async fn hold_masters(&mut self) -> Result<()> {
         let values = parameters::values(self.model()?, &self.ids);
         if values.len() != self.trainable.len() {
-            let missing = self.trainable.iter().find(|parameter| !values.contains_key(&parameter.id));
+            let missing = self
+                .trainable
+                .iter()
+                .find(|parameter| !values.contains_key(&parameter.id));
             let name = missing.map_or("", |parameter| parameter.name.as_str());
-            return Err(Error::config("parameters", format!("name `{name}`, which the model does not have")));
+            return Err(Error::config(
+                "parameters",
+                format!("name `{name}`, which the model does not have"),
+            ));
         }
         let in_place = |tensor: &Tensor<1>| {
             let device = burn::tensor::Device::flex();
@@ -785,7 +867,8 @@ impl<T: Task> Trainer<T> {
         self.state.order = self.order();
         self.state.schedule = schedule.observes().then(|| schedule.clone());
         if self.state.best_global_step == Some(self.state.global_step) {
-            self.state.best_model_checkpoint = Some(PathBuf::from(checkpoint::folder_name(self.state.global_step)));
+            self.state.best_model_checkpoint =
+                Some(PathBuf::from(checkpoint::folder_name(self.state.global_step)));
         }
         let buffers = self.buffers().await?;
         let contents = Contents {
@@ -796,7 +879,11 @@ impl<T: Task> Trainer<T> {
         let values = |parameter: &Parameter| buffers.get(&parameter.id).map(Buffer::values);
         let path = checkpoint::write(&output, &contents, self.saver.as_ref(), &self.parameters, &values)?;
         drop(buffers);
-        checkpoint::rotate(&output, self.arguments.save_total_limit, self.state.best_model_checkpoint.as_deref())?;
+        checkpoint::rotate(
+            &output,
+            self.arguments.save_total_limit,
+            self.state.best_model_checkpoint.as_deref(),
+        )?;
         self.emit(&Event::Saved(&path))
     }
 
@@ -822,9 +909,14 @@ impl<T: Task> Trainer<T> {
         }
         let order = self.order();
         let fields = order.as_object().into_iter().flatten();
-        if let Some((name, value)) = fields.into_iter().find(|(name, value)| loaded.state.order.get(name.as_str()) != Some(value)) {
+        if let Some((name, value)) = fields
+            .into_iter()
+            .find(|(name, value)| loaded.state.order.get(name.as_str()) != Some(value))
+        {
             let before = loaded.state.order.get(name).unwrap_or(&Value::Null);
-            let message = format!("was written with `{name}` = {before}, and now it is {value}; its curve cannot be continued");
+            let message = format!(
+                "was written with `{name}` = {before}, and now it is {value}; its curve cannot be continued"
+            );
             return Err(Error::checkpoint(&folder, message));
         }
         let shapes: Shapes = (self.trainable.iter())
@@ -838,7 +930,12 @@ impl<T: Task> Trainer<T> {
 
     /// Makes the best model the one that is there, if so told.
     fn load_best(&mut self) -> Result<()> {
-        let Some(best) = self.state.best_model_checkpoint.clone().filter(|_| self.arguments.load_best_model_at_end) else {
+        let Some(best) = self
+            .state
+            .best_model_checkpoint
+            .clone()
+            .filter(|_| self.arguments.load_best_model_at_end)
+        else {
             return Ok(());
         };
         let folder = self.arguments.output_dir.join(best);

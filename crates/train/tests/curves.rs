@@ -19,41 +19,72 @@ struct Curve(Arc<Mutex<Vec<[f64; 3]>>>);
 
 impl Callback for Curve {
     fn on_event(&mut self, event: &Event, _: &TrainerState, _: &TrainingArguments) -> Result<()> {
-        if let Event::Step { loss, grad_norm, learning_rate, .. } = event {
-            self.0.lock().expect("curve").push([*loss, *grad_norm, *learning_rate]);
+        if let Event::Step {
+            loss,
+            grad_norm,
+            learning_rate,
+            ..
+        } = event
+        {
+            self.0
+                .lock()
+                .expect("curve")
+                .push([*loss, *grad_norm, *learning_rate]);
         }
         Ok(())
     }
 }
 
 /// Trains as the fixture `name` says and compares every step.
-fn compare<T: Task>(name: &str, classes: bool, build: impl FnOnce(Arc<Given>, &AutoConfig) -> (T, Trained<T::Model>)) {
+fn compare<T: Task>(
+    name: &str,
+    classes: bool,
+    build: impl FnOnce(Arc<Given>, &AutoConfig) -> (T, Trained<T::Model>),
+) {
     let folder = tempfile::tempdir().expect("folder");
     let given = Given { classes };
-    let data = dataset(&fixture(name).join("data.jsonl"), given, &folder.path().join("cache"));
+    let data = dataset(
+        &fixture(name).join("data.jsonl"),
+        given,
+        &folder.path().join("cache"),
+    );
     let (files, ..) = open(name);
     let config = AutoConfig::from_files(&files).expect("config");
     let (task, trained) = build(Arc::new(given), &config);
     let changes = json!({ "save_strategy": "no" });
     let curve = Curve::default();
-    let trainer = Trainer::new(arguments(name, folder.path(), changes), task, trained, data, None).expect("trainer");
+    let trainer =
+        Trainer::new(arguments(name, folder.path(), changes), task, trained, data, None).expect("trainer");
     let mut trainer = trainer.with_callback(curve.clone());
-    trainer.train_blocking().unwrap_or_else(|error| panic!("{name}: {error}"));
+    trainer
+        .train_blocking()
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
     let ours = curve.0.lock().expect("curve").clone();
     let text = std::fs::read(fixture(name).join("curve.json")).expect("curve");
     let theirs: Value = serde_json::from_slice(&text).expect("curve");
-    let theirs = |key: &str, step: usize| theirs[key][step].as_f64().unwrap_or_else(|| panic!("{name}: {key} {step}"));
+    let theirs = |key: &str, step: usize| {
+        theirs[key][step]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{name}: {key} {step}"))
+    };
     assert_eq!(ours.len(), 100);
     let mut worst = [0.0f64; 3];
     for (step, ours) in ours.iter().enumerate() {
-        for ((key, ours), worst) in ["loss", "grad_norm", "learning_rate"].iter().zip(ours).zip(&mut worst) {
+        for ((key, ours), worst) in ["loss", "grad_norm", "learning_rate"]
+            .iter()
+            .zip(ours)
+            .zip(&mut worst)
+        {
             let expected = theirs(key, step);
             let difference = (ours - expected).abs() / expected.abs().max(1e-9);
             *worst = worst.max(difference);
             let tolerance = if *key == "learning_rate" { 1e-6 } else { 1e-3 };
             // The norm of gradients is a difference of what the losses agree in.
             let tolerance = if *key == "grad_norm" { 1e-2 } else { tolerance };
-            assert!(difference < tolerance, "{name}: step {step}: {key} {ours}, Transformers has {expected}");
+            assert!(
+                difference < tolerance,
+                "{name}: step {step}: {key} {ours}, Transformers has {expected}"
+            );
         }
     }
     println!("{name}: largest relative differences of loss, norm, rate: {worst:?}");
@@ -65,7 +96,11 @@ fn causal_lm() {
     compare(name, false, |objective, config| {
         let (files, parameters, options, saver) = open(name);
         let model = AutoModelForCausalLM::from_files(&files, &options).expect("model");
-        let trained = Trained { model, parameters, saver: Box::new(saver) };
+        let trained = Trained {
+            model,
+            parameters,
+            saver: Box::new(saver),
+        };
         (CausalLanguageModeling::new(objective, config), trained)
     });
 }
@@ -76,8 +111,15 @@ fn seq2seq_lm() {
     compare(name, false, |objective, config| {
         let (files, parameters, options, saver) = open(name);
         let model = AutoModelForSeq2SeqLM::from_files(&files, &options).expect("model");
-        let trained = Trained { model, parameters, saver: Box::new(saver) };
-        (Seq2SeqLanguageModeling::new(objective, config).expect("task"), trained)
+        let trained = Trained {
+            model,
+            parameters,
+            saver: Box::new(saver),
+        };
+        (
+            Seq2SeqLanguageModeling::new(objective, config).expect("task"),
+            trained,
+        )
     });
 }
 
@@ -85,8 +127,15 @@ fn with_head<T: TrainedHead>(name: &str, classes: bool) {
     compare(name, classes, |objective, config| {
         let (files, parameters, options, saver) = open(name);
         let model = AutoModelFor::<T>::from_files(&files, &options).expect("model");
-        let trained = Trained { model, parameters, saver: Box::new(saver) };
-        (TextTask::new(objective, config).expect("task").with_head::<T>(), trained)
+        let trained = Trained {
+            model,
+            parameters,
+            saver: Box::new(saver),
+        };
+        (
+            TextTask::new(objective, config).expect("task").with_head::<T>(),
+            trained,
+        )
     });
 }
 

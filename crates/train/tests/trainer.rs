@@ -11,7 +11,9 @@ use given::{Given, arguments, dataset, fixture, open};
 use oxiformers_models::tasks::SequenceClassification;
 use oxiformers_models::{AutoConfig, AutoModelFor, AutoModelForCausalLM};
 use oxiformers_train::tasks::{CausalLanguageModeling, HeadTask, TextTask};
-use oxiformers_train::{Callback, Error, Event, Outcome, Result, Trained, Trainer, TrainerState, TrainingArguments};
+use oxiformers_train::{
+    Callback, Error, Event, Outcome, Result, Trained, Trainer, TrainerState, TrainingArguments,
+};
 use serde_json::{Value, json};
 
 const NAME: &str = "causal-lm";
@@ -23,7 +25,11 @@ fn language_model(output: &Path, changes: Value) -> Trainer<CausalLanguageModeli
     let given = Given { classes: false };
     let data = dataset(&fixture(NAME).join("data.jsonl"), given, &output.join("cache"));
     let task = CausalLanguageModeling::new(Arc::new(given), &AutoConfig::from_files(&files).expect("config"));
-    let trained = Trained { model, parameters, saver: Box::new(saver) };
+    let trained = Trained {
+        model,
+        parameters,
+        saver: Box::new(saver),
+    };
     let eval = data.clone().take(9);
     Trainer::new(arguments(NAME, output, changes), task, trained, data, Some(eval)).expect("trainer")
 }
@@ -33,18 +39,28 @@ fn changes(more: Value) -> Value {
         "max_steps": 24, "save_steps": 5, "logging_steps": 1, "train_sampling_strategy": "random",
         "neftune_noise_alpha": 5.0, "resume_from_checkpoint": true,
     });
-    changes.as_object_mut().expect("object").extend(more.as_object().expect("object").clone());
+    changes
+        .as_object_mut()
+        .expect("object")
+        .extend(more.as_object().expect("object").clone());
     changes
 }
 
 /// The files of a checkpoint that say how training goes on.
 fn contents(folder: &Path) -> Vec<Vec<u8>> {
-    let read = |name: &str| std::fs::read(folder.join(name)).unwrap_or_else(|error| panic!("{}: {error}", folder.join(name).display()));
+    let read = |name: &str| {
+        std::fs::read(folder.join(name))
+            .unwrap_or_else(|error| panic!("{}: {error}", folder.join(name).display()))
+    };
     vec![read("model.safetensors"), read("optimizer.safetensors")]
 }
 
 fn losses(state: &TrainerState) -> Vec<f64> {
-    state.log_history.iter().filter_map(|log| log.get("loss")?.as_f64()).collect()
+    state
+        .log_history
+        .iter()
+        .filter_map(|log| log.get("loss")?.as_f64())
+        .collect()
 }
 
 /// Asks to stop after a step.
@@ -79,7 +95,10 @@ fn what_was_stopped_goes_on_with_the_same_curve_bit_for_bit() {
         seen = losses(trainer.state());
     }
     assert_eq!(seen, expected);
-    assert_eq!(contents(&parts.join("checkpoint-24")), contents(&whole.join("checkpoint-24")));
+    assert_eq!(
+        contents(&parts.join("checkpoint-24")),
+        contents(&whole.join("checkpoint-24"))
+    );
     // Another seed is another training.
     let other = folder.path().join("other");
     let mut trainer = language_model(&other, changes(json!({"seed": 7})));
@@ -97,13 +116,20 @@ fn child() {
         return;
     };
     let changes = changes(json!({"max_steps": 60, "save_steps": 3, "save_total_limit": 2}));
-    language_model(&output, changes).train_blocking().expect("training");
+    language_model(&output, changes)
+        .train_blocking()
+        .expect("training");
 }
 
 fn spawn(output: &Path) -> Child {
     let mut command = Command::new(std::env::current_exe().expect("test"));
-    command.args(["child", "--exact", "--nocapture"]).env(CHILD, output);
-    command.stdout(std::process::Stdio::null()).spawn().expect("child")
+    command
+        .args(["child", "--exact", "--nocapture"])
+        .env(CHILD, output);
+    command
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("child")
 }
 
 #[test]
@@ -116,7 +142,10 @@ fn killed_at_any_moment_it_goes_on_and_ends_with_the_same_weights() {
     // Ten moments within the time that the whole takes, some of them while a checkpoint is written.
     let random = AtomicU64::new(12345);
     let moment = || {
-        let next = random.load(Ordering::Relaxed).wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let next = random
+            .load(Ordering::Relaxed)
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
         random.store(next, Ordering::Relaxed);
         took.mul_f64(0.05 + 0.35 * (next >> 33) as f64 / (1u64 << 31) as f64)
     };
@@ -134,8 +163,13 @@ fn killed_at_any_moment_it_goes_on_and_ends_with_the_same_weights() {
     if !finished {
         assert!(spawn(&parts).wait().expect("child").success());
     }
-    assert_eq!(contents(&parts.join("checkpoint-60")), contents(&whole.join("checkpoint-60")));
-    let left = std::fs::read_dir(&parts).expect("folder").map(|entry| entry.expect("entry").file_name());
+    assert_eq!(
+        contents(&parts.join("checkpoint-60")),
+        contents(&whole.join("checkpoint-60"))
+    );
+    let left = std::fs::read_dir(&parts)
+        .expect("folder")
+        .map(|entry| entry.expect("entry").file_name());
     let mut left: Vec<_> = left.map(|name| name.to_string_lossy().into_owned()).collect();
     left.sort();
     assert_eq!(left, ["cache", "checkpoint-57", "checkpoint-60"]);
@@ -164,9 +198,16 @@ fn the_best_model_is_kept_and_loaded() {
     if output.outcome == Outcome::StoppedEarly {
         assert_eq!(evaluated.len(), at + 3);
     }
-    let now = trainer.evaluate_blocking().expect("evaluation")["eval_loss"].as_f64().expect("loss");
+    let now = trainer.evaluate_blocking().expect("evaluation")["eval_loss"]
+        .as_f64()
+        .expect("loss");
     assert_eq!(now, best);
-    assert!(folder.path().join(format!("checkpoint-{}", 4 * (at + 1))).exists());
+    assert!(
+        folder
+            .path()
+            .join(format!("checkpoint-{}", 4 * (at + 1)))
+            .exists()
+    );
     let again = trainer.evaluate_blocking().expect("evaluation");
     let perplexity = again["eval_perplexity"].as_f64().expect("perplexity");
     assert!((perplexity - best.exp()).abs() < 1e-9);
@@ -176,27 +217,52 @@ fn the_best_model_is_kept_and_loaded() {
 fn a_loss_that_is_no_number_is_named_or_left_out() {
     let folder = tempfile::tempdir().expect("folder");
     let wild = json!({"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0.0, "save_steps": 1});
-    let error = language_model(folder.path(), changes(wild.clone())).train_blocking().expect_err("diverges");
+    let error = language_model(folder.path(), changes(wild.clone()))
+        .train_blocking()
+        .expect_err("diverges");
     assert!(matches!(&error, Error::Diverged { .. }), "{error}");
     let text = error.to_string();
-    assert!(text.contains("data.jsonl: line ") && text.contains("on_nan"), "{text}");
+    assert!(
+        text.contains("data.jsonl: line ") && text.contains("on_nan"),
+        "{text}"
+    );
     // The checkpoint before it is whole.
-    assert!(folder.path().join("checkpoint-1").join("trainer_state.json").exists());
+    assert!(
+        folder
+            .path()
+            .join("checkpoint-1")
+            .join("trainer_state.json")
+            .exists()
+    );
     let other = tempfile::tempdir().expect("folder");
     let mut skipping = wild;
     skipping["on_nan"] = json!("skip");
     let mut trainer = language_model(other.path(), changes(skipping));
     trainer.train_blocking().expect("training");
-    assert!(trainer.state().skipped_steps > 10, "{}", trainer.state().skipped_steps);
+    assert!(
+        trainer.state().skipped_steps > 10,
+        "{}",
+        trainer.state().skipped_steps
+    );
 }
 
 #[test]
 fn a_checkpoint_of_another_training_is_an_error() {
     let folder = tempfile::tempdir().expect("folder");
-    language_model(folder.path(), changes(json!({"max_steps": 5}))).train_blocking().expect("training");
-    let error = |more| language_model(folder.path(), changes(more)).train_blocking().expect_err("other").to_string();
+    language_model(folder.path(), changes(json!({"max_steps": 5})))
+        .train_blocking()
+        .expect("training");
+    let error = |more| {
+        language_model(folder.path(), changes(more))
+            .train_blocking()
+            .expect_err("other")
+            .to_string()
+    };
     let text = error(json!({"per_device_train_batch_size": 2}));
-    assert!(text.contains("per_device_train_batch_size") && text.contains("checkpoint-5"), "{text}");
+    assert!(
+        text.contains("per_device_train_batch_size") && text.contains("checkpoint-5"),
+        "{text}"
+    );
     let text = error(json!({"optim": "lion"}));
     assert!(text.contains("optimizer state"), "{text}");
     std::fs::write(folder.path().join("checkpoint-5/trainer_state.json"), "{").expect("file");
@@ -211,16 +277,29 @@ fn a_trained_model_loads_as_any_other() {
     let (files, parameters, options, saver) = open(name);
     let model = AutoModelFor::<SequenceClassification>::from_files(&files, &options).expect("model");
     let given = Given { classes: true };
-    let data = dataset(&fixture(name).join("data.jsonl"), given, &folder.path().join("cache"));
-    let task = TextTask::new(Arc::new(given), &AutoConfig::from_files(&files).expect("config")).expect("task");
+    let data = dataset(
+        &fixture(name).join("data.jsonl"),
+        given,
+        &folder.path().join("cache"),
+    );
+    let task =
+        TextTask::new(Arc::new(given), &AutoConfig::from_files(&files).expect("config")).expect("task");
     let task: HeadTask<SequenceClassification> = task.with_head();
-    let trained = Trained { model, parameters, saver: Box::new(saver) };
-    let changes = json!({"max_steps": 30, "save_strategy": "no", "eval_strategy": "epoch", "learning_rate": 3e-3});
+    let trained = Trained {
+        model,
+        parameters,
+        saver: Box::new(saver),
+    };
+    let changes =
+        json!({"max_steps": 30, "save_strategy": "no", "eval_strategy": "epoch", "learning_rate": 3e-3});
     let arguments = arguments(name, folder.path(), changes);
     let mut trainer = Trainer::new(arguments, task, trained, data.clone(), Some(data)).expect("trainer");
     trainer.train_blocking().expect("training");
     let before = trainer.evaluate_blocking().expect("evaluation");
-    assert!(before["eval_accuracy"].as_f64().expect("accuracy") > 0.4, "{before:?}");
+    assert!(
+        before["eval_accuracy"].as_f64().expect("accuracy") > 0.4,
+        "{before:?}"
+    );
     let target = folder.path().join("model");
     trainer.save_model_blocking(&target).expect("saved");
     let files = oxiformers_hub::ModelFiles::from_dir(&target).expect("saved");

@@ -29,10 +29,14 @@ pub struct Dashboard {
 impl Dashboard {
     pub fn new() -> Self {
         let all = MultiProgress::new();
-        let text = || ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
-        let chart = (0..HEIGHT + 2).map(|_| all.add(ProgressBar::new_spinner().with_style(text()))).collect();
+        let text =
+            || ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+        let chart = (0..HEIGHT + 2)
+            .map(|_| all.add(ProgressBar::new_spinner().with_style(text())))
+            .collect();
         let style = ProgressStyle::with_template("{bar:40} {pos}/{len} steps  {msg}");
-        let bar = all.add(ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())));
+        let bar =
+            all.add(ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())));
         Self {
             all,
             chart,
@@ -49,7 +53,11 @@ impl Dashboard {
             row.set_message(line);
         }
         if let Some(row) = self.chart.get(HEIGHT) {
-            row.set_message(format!("  learning rate {:.3e}  {}", self.rates.last().unwrap_or(&0.0), sparkline(&self.rates, WIDTH / 2)));
+            row.set_message(format!(
+                "  learning rate {:.3e}  {}",
+                self.rates.last().unwrap_or(&0.0),
+                sparkline(&self.rates, WIDTH / 2)
+            ));
         }
         let took: Duration = self.recent.iter().map(|(_, took)| *took).sum();
         let tokens: u64 = self.recent.iter().map(|(tokens, _)| *tokens).sum();
@@ -72,17 +80,31 @@ impl Callback for Dashboard {
         match event {
             Event::Begin(plan) => {
                 self.bar.set_length(plan.max_steps);
-                self.losses.extend(state.log_history.iter().filter_map(|log| log.get("loss")?.as_f64()));
+                self.losses.extend(
+                    state
+                        .log_history
+                        .iter()
+                        .filter_map(|log| log.get("loss")?.as_f64()),
+                );
                 self.draw(state);
             }
-            Event::Step { loss, learning_rate, tokens, took, .. } => {
+            Event::Step {
+                loss,
+                learning_rate,
+                tokens,
+                took,
+                ..
+            } => {
                 self.losses.push(*loss);
                 self.rates.push(*learning_rate);
                 self.recent.push_back((*tokens, *took));
                 if self.recent.len() > RECENT {
                     self.recent.pop_front();
                 }
-                if self.drawn.is_none_or(|drawn| drawn.elapsed() > Duration::from_millis(200)) {
+                if self
+                    .drawn
+                    .is_none_or(|drawn| drawn.elapsed() > Duration::from_millis(200))
+                {
                     self.draw(state);
                 }
             }
@@ -93,7 +115,8 @@ impl Callback for Dashboard {
                 let _ = self.all.println(format!("left out: {message}"));
             }
             Event::Evaluating { done, all } => {
-                self.bar.set_message(format!("evaluating: {done} of {all} batches"));
+                self.bar
+                    .set_message(format!("evaluating: {done} of {all} batches"));
             }
             Event::Saved(path) => {
                 let _ = self.all.println(format!("saved {}", path.display()));
@@ -129,10 +152,14 @@ fn curve(values: &[f64], width: usize, height: usize) -> Vec<String> {
     if columns.is_empty() {
         return vec![String::new(); height];
     }
-    let level = |value: f64| ((value - low) / (high - low).max(1e-12) * (8 * height - 1) as f64).round() as usize + 1;
+    let level =
+        |value: f64| ((value - low) / (high - low).max(1e-12) * (8 * height - 1) as f64).round() as usize + 1;
     let row = |row: usize| {
         let below = 8 * (height - 1 - row);
-        let line: String = columns.iter().map(|value| EIGHTHS[level(*value).saturating_sub(below).min(8)]).collect();
+        let line: String = columns
+            .iter()
+            .map(|value| EIGHTHS[level(*value).saturating_sub(below).min(8)])
+            .collect();
         let label = match row {
             0 => format!("{high:9.4}"),
             last if last + 1 == height => format!("{low:9.4}"),
@@ -145,7 +172,10 @@ fn curve(values: &[f64], width: usize, height: usize) -> Vec<String> {
 
 /// A curve in one row.
 fn sparkline(values: &[f64], width: usize) -> String {
-    curve(values, width, 1).pop().and_then(|row| Some(row.split_once('│')?.1.to_string())).unwrap_or_default()
+    curve(values, width, 1)
+        .pop()
+        .and_then(|row| Some(row.split_once('│')?.1.to_string()))
+        .unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -17,7 +17,9 @@ use oxiformers_train::{ModelSaver, TrainingArguments};
 use serde_json::{Map, Value, json};
 
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/curves").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/curves")
+        .join(name)
 }
 
 /// Examples as they stand in a file: `input_ids` and `labels`.
@@ -40,8 +42,15 @@ impl Preprocessor for Given {
 
     fn examples(&self, record: &Value) -> Result<Vec<Example>, String> {
         let column = |name: &str| -> Result<Vec<i32>, String> {
-            let list = record.get(name).and_then(Value::as_array).ok_or_else(|| format!("has no `{name}`"))?;
-            Ok(list.iter().filter_map(Value::as_i64).map(|id| id as i32).collect())
+            let list = record
+                .get(name)
+                .and_then(Value::as_array)
+                .ok_or_else(|| format!("has no `{name}`"))?;
+            Ok(list
+                .iter()
+                .filter_map(Value::as_i64)
+                .map(|id| id as i32)
+                .collect())
         };
         let example = Example::default().with("input_ids", column("input_ids")?);
         Ok(vec![example.with("labels", column("labels")?)])
@@ -73,7 +82,9 @@ pub fn dataset(path: &Path, given: Given, cache: &Path) -> Dataset {
         max_records: None,
     };
     let file = DataFile::new(path, None).expect("data");
-    let cache = prepare(&[file], &given, &options, &mut |_| std::ops::ControlFlow::Continue(()));
+    let cache = prepare(&[file], &given, &options, &mut |_| {
+        std::ops::ControlFlow::Continue(())
+    });
     Dataset::new(cache.expect("cache"))
 }
 
