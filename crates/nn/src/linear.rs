@@ -159,11 +159,6 @@ impl Matrix {
         self.input.as_ref()
     }
 
-    /// The values, if they are held as a tensor.
-    pub fn dense_values(&self) -> Option<Tensor<2>> {
-        self.dense.as_ref().map(Param::val)
-    }
-
     /// The matrix in its storage format, if it is held so.
     pub(crate) fn as_packed(&self) -> Option<&Arc<dyn PackedMatrix>> {
         self.packed.as_ref()
@@ -175,7 +170,7 @@ impl Matrix {
     }
 
     /// Its values, if they are held as floats.
-    pub(crate) fn as_dense(&self) -> Option<&Param<Tensor<2>>> {
+    pub fn as_dense(&self) -> Option<&Param<Tensor<2>>> {
         self.dense.as_ref()
     }
 

@@ -102,7 +102,7 @@ fn outputs_and_gradients_equal_pytorch() {
             worst(x.grad(&gradients).unwrap(), &format!("grad.x.{name}")) < 1e-5,
             "{name}"
         );
-        let weight = layer.weight.dense_values().unwrap().grad(&gradients).unwrap();
+        let weight = layer.weight.as_dense().unwrap().val().grad(&gradients).unwrap();
         assert!(worst(weight, &format!("grad.weight.{name}")) < 1e-5, "{name}");
         let norm = layer
             .weight
