@@ -25,7 +25,7 @@ pub mod threads;
 
 pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
-pub use linear::{Weight, feed_forward, linear, linears};
+pub use linear::{Weight, feed_forward, int8_activations, linear, linears};
 pub use math::{argmax, softmax};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};
 pub use packed::{Form, PackedMatrix, packed_rows};
