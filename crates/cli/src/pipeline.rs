@@ -16,7 +16,7 @@ use crate::records;
 use crate::{interrupt, session};
 
 /// Batches that are run before their answers are written.
-const BATCHES: usize = 16;
+const BATCHES: usize = 8;
 
 pub fn run(args: &PipelineArgs) -> anyhow::Result<()> {
     let task = Task::parse(&args.task)?;
@@ -66,7 +66,7 @@ pub fn run(args: &PipelineArgs) -> anyhow::Result<()> {
         task,
         Task::TextGeneration | Task::Text2TextGeneration | Task::Summarization | Task::Translation
     );
-    let batch_size = args.batch_size.unwrap_or(if generates { 8 } else { 32 });
+    let batch_size = args.batch_size.unwrap_or(if generates { 8 } else { 128 });
 
     let bar = progress(total);
     bar.set_position(done as u64);

@@ -155,6 +155,91 @@ fn written_and_loaded_as_quantized_while_loading() {
     }
 }
 
+/// A folder in which modules are stored by different methods is loaded as it was written.
+#[test]
+fn mixed_methods_load_again() {
+    let [(_, llama), ..] = originals();
+    let reference = Reference::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama"));
+    let config = |name: &str| QuantizationConfig::named(name, &MethodOptions::default()).unwrap();
+    let recipe = Recipe {
+        config: config("nf4"),
+        overrides: vec![
+            ("v_proj".to_string(), Some(config("int8"))),
+            ("model.layers.1.mlp".to_string(), Some(config("bitnet"))),
+            (".*k_proj".to_string(), None),
+        ],
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let plan = QuantizePlan::new(&llama, recipe.clone(), None).unwrap();
+    plan.write(folder.path(), MAX_SHARD_SIZE, |_| true).unwrap();
+    let written = ModelFiles::from_dir(folder.path()).unwrap();
+    let counts = survey(&written).unwrap();
+    let count = |scheme: &str| counts.iter().filter(|matrix| matrix.scheme == scheme).count();
+    assert_eq!(
+        [count("nf4"), count("int8"), count("bitnet"), count("F32")],
+        [7, 2, 3, 4]
+    );
+    let options = LoadOptions {
+        quantization: Some(Arc::new(recipe)),
+        ..LoadOptions::default()
+    };
+    assert_eq!(
+        logits(&llama, &reference, &options),
+        logits(&written, &reference, &LoadOptions::default())
+    );
+    // What Python would have to know is said where Python looks for it.
+    let kept = &plan.config()["quantization_config"]["llm_int8_skip_modules"];
+    assert_eq!(kept, &serde_json::json!([".*k_proj", "lm_head"]));
+}
+
+/// Matrices that are no whole number of fp8's blocks stay as they are, as in Transformers, and are named.
+#[test]
+fn shapes_that_no_block_divides() {
+    let [(_, llama), ..] = originals();
+    let fp8 = |block_size| {
+        let options = MethodOptions {
+            block_size: Some(block_size),
+            ..MethodOptions::default()
+        };
+        Recipe::from(QuantizationConfig::named("fp8", &options).unwrap())
+    };
+    // Hidden states of 32, 48 within the feed-forward block, heads of 16.
+    let plan = QuantizePlan::new(&llama, fp8(32), None).unwrap();
+    let kept: Vec<_> = plan
+        .tensors()
+        .filter(|tensor| tensor.scheme == "F32" && tensor.shape.len() > 1)
+        .map(|tensor| tensor.name)
+        .collect();
+    assert_eq!(kept.len(), 2 + 2 * 3, "{kept:?}");
+    let folder = tempfile::tempdir().unwrap();
+    plan.write(folder.path(), MAX_SHARD_SIZE, |_| true).unwrap();
+    let skipped = &plan.config()["quantization_config"]["modules_to_not_convert"];
+    let skipped: Vec<String> = serde_json::from_value(skipped.clone()).unwrap();
+    assert!(
+        skipped.contains(&"model.layers.0.mlp.up_proj".to_string()),
+        "{skipped:?}"
+    );
+    assert!(skipped.contains(&"lm_head".to_string()), "{skipped:?}");
+    let reference = Reference::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama"));
+    let options = LoadOptions {
+        quantization: Some(Arc::new(fp8(32))),
+        ..LoadOptions::default()
+    };
+    let written = ModelFiles::from_dir(folder.path()).unwrap();
+    assert_eq!(
+        logits(&llama, &reference, &options),
+        logits(&written, &reference, &LoadOptions::default())
+    );
+    let error = QuantizePlan::new(&llama, fp8(128), None)
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        error.contains("blocks") && error.contains("mlp.down_proj"),
+        "{error}"
+    );
+}
+
 #[test]
 fn modules_are_chosen_as_transformers_chooses_them() {
     let [(_, llama), (_, gpt2), (_, t5), (_, mixtral)] = originals();

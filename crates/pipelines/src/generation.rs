@@ -69,5 +69,5 @@ pub(crate) async fn generate(
         group: 0,
         length: prompt.len(),
     };
-    in_batches(prompts, batch_size, shape, forward).await
+    in_batches(prompts, batch_size, usize::MAX, shape, forward).await
 }

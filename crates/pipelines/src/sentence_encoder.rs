@@ -7,7 +7,7 @@ use oxiformers_processors::Tokenizer;
 use oxiformers_processors::tokenizer::{EncodeOptions, Encoding, Truncation};
 
 use crate::Result;
-use crate::texts::{Shape, in_batches, rows_of};
+use crate::texts::{Shape, TOKENS_AT_ONCE, in_batches, rows_of};
 
 /// A model of sentence embeddings with its tokenizer: what Python calls a `SentenceTransformer`.
 ///
@@ -94,7 +94,7 @@ impl SentenceEncoder {
             group: architecture.batch_group(row.len()),
             length: row.len(),
         };
-        in_batches(&rows, batch_size, shape, forward).await
+        in_batches(&rows, batch_size, TOKENS_AT_ONCE, shape, forward).await
     }
 
     /// The longest sentence in tokens, special ones included, if there is a limit.

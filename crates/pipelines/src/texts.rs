@@ -162,7 +162,7 @@ impl Texts {
     ) -> Result<Vec<A>> {
         let forward = async |batch: &[usize]| forward(&self.inputs(rows, batch), batch).await;
         let shape = |row: &Encoding| self.shape(row.len());
-        in_batches(rows, batch_size, shape, forward).await
+        in_batches(rows, batch_size, TOKENS_AT_ONCE, shape, forward).await
     }
 
     /// Where a row of this length belongs.
@@ -204,11 +204,16 @@ pub(crate) struct Shape {
     pub length: usize,
 }
 
-/// Answers items, `batch_size` of one group and of similar length at a time. `forward` is told which items a batch has,
-/// and gives one answer for each. The answers are in the order of the items.
+/// Tokens, padding included, that an encoder reads at once: more would take more memory and no less time.
+pub(crate) const TOKENS_AT_ONCE: usize = 4096;
+
+/// Answers items of one group and of similar length at a time: `batch_size` of them, fewer where that would be more than
+/// `most_tokens`. `forward` is told which items a batch has, and gives one answer for each. The answers are in the order of
+/// the items.
 pub(crate) async fn in_batches<T, A>(
     items: &[T],
     batch_size: usize,
+    most_tokens: usize,
     shape: impl Fn(&T) -> Shape,
     forward: impl AsyncFn(&[usize]) -> Result<Vec<A>>,
 ) -> Result<Vec<A>> {
@@ -217,10 +222,14 @@ pub(crate) async fn in_batches<T, A>(
     let mut order: Vec<usize> = (0..items.len()).collect();
     order.sort_by_key(|item| Reverse(shapes[*item]));
     let mut answers = Vec::with_capacity(items.len());
-    for group in order.chunk_by(|a, b| shapes[*a].group == shapes[*b].group) {
-        for batch in group.chunks(batch_size.max(1)) {
-            answers.extend(batch.iter().copied().zip(forward(batch).await?));
-        }
+    let mut rest = order.as_slice();
+    while let [longest, ..] = rest {
+        let Shape { group, length } = shapes[*longest];
+        let most = batch_size.min(most_tokens / length.max(1)).max(1);
+        let same = |item: &&usize| shapes[**item].group == group;
+        let (batch, after) = rest.split_at(rest.iter().take(most).take_while(same).count());
+        answers.extend(batch.iter().copied().zip(forward(batch).await?));
+        rest = after;
     }
     answers.sort_by_key(|(item, _)| *item);
     Ok(answers.into_iter().map(|(_, answer)| answer).collect())

@@ -21,10 +21,12 @@ use crate::{AutoConfig, Error, gguf};
 
 mod awq;
 mod gptq;
+mod importance;
 mod inputs;
 mod overlay;
 mod run;
 
+pub use importance::importance;
 use inputs::Inputs;
 use overlay::Overlay;
 pub use run::run;
@@ -104,7 +106,7 @@ pub struct LayerResult {
 pub struct Calibration {
     model: String,
     config: AutoConfig,
-    method: QuantizationConfig,
+    recipe: Recipe,
     overlay: Overlay,
     /// Where the base model stands in the names of the checkpoint.
     base: &'static str,
@@ -137,7 +139,7 @@ impl Calibration {
         if let Some(stored) = &config.quantization {
             let reason = format!(
                 "is quantized already, with {}; begin with the original",
-                stored.method()
+                stored.config.method()
             );
             return Err(CalibrationError::Module {
                 model,
@@ -148,7 +150,7 @@ impl Calibration {
         let mut calibration = Self {
             model,
             config,
-            method: recipe.config.clone(),
+            recipe: recipe.clone(),
             overlay: Overlay::new(source),
             base,
             matrices: BTreeMap::new(),
@@ -196,7 +198,7 @@ impl Calibration {
             observer,
             ..LoadOptions::default()
         };
-        let weights = Weights::new(self.overlay.clone(), self.base, options).stored_as(Some(&self.method));
+        let weights = Weights::new(self.overlay.clone(), self.base, options).stored_as(Some(&self.recipe));
         Ok(self
             .config
             .architecture
@@ -233,7 +235,7 @@ impl Calibration {
         };
         tell(0.0)?;
         let before = self.overlay.snapshot();
-        let result = match &self.method {
+        let result = match &self.recipe.config {
             QuantizationConfig::Gptq(config) => gptq::layer(self, config, &mut tell),
             QuantizationConfig::Awq(config) => awq::layer(self, config, &mut tell),
             other => Err(CalibrationError::Method(other.method())),

@@ -10,7 +10,7 @@ use oxiformers_processors::{Table, TableEncoding, Tokenizer};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;
 
-use crate::texts::{Texts, in_batches, largest, rows_of};
+use crate::texts::{TOKENS_AT_ONCE, Texts, in_batches, largest, rows_of};
 use crate::{Error, OneOrMany, Pipeline, Result, Task};
 
 /// Python's threshold for the probability of a cell.
@@ -287,7 +287,7 @@ impl TableQuestionAnswering {
             Ok(rows().zip(logits).zip(aggregators).map(choice).collect())
         };
         let shape = |row: &Row| self.texts.shape(row.encoding.input_ids.len());
-        in_batches(rows, batch_size, shape, forward).await
+        in_batches(rows, batch_size, TOKENS_AT_ONCE, shape, forward).await
     }
 
     fn answer(&self, table: &Table, choice: &Choice) -> TableAnswer {

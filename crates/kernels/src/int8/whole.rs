@@ -1,0 +1,230 @@
+//! A tile of weights times rows of activations that are whole numbers of 8 bits with one scale a row, as BitNet has them
+//! (Ma et al., "The era of 1-bit LLMs", 2024).
+//!
+//! Where rows of weights have one scale, too, nothing is scaled before a row ends: what is summed up are whole numbers.
+
+use super::codes::{Kind, Plan, Shape, ShiftKind, WIDE};
+use super::kernel::step;
+use super::simd::{Simd, Split};
+use super::{BLOCK, ROUND, Tile, batches};
+
+/// Rows of activations for these kernels.
+pub(super) struct WholeActivations {
+    pub rows: usize,
+    /// Bytes of a row's codes.
+    row_bytes: usize,
+    /// [Batch](batches) for batch of `m` rows: `[cols / 4, m, 4]`, or `[cols / 4, 2, m, 2]` where they are [words](Split).
+    codes: Vec<i8>,
+    /// What a code stands for, for each row.
+    scales: Vec<f32>,
+    /// Sums of codes.
+    sums: Vec<i32>,
+}
+
+/// The kernel for any number of rows.
+#[derive(Clone, Copy)]
+pub(super) struct Whole {
+    /// How it takes activations.
+    pub split: Split,
+    /// The largest of its [batches].
+    pub most: usize,
+    pub multiply: Multiply,
+}
+
+/// Writes the products of a tile with every row of activations.
+///
+/// # Safety
+/// As for [`Kernel`](super::kernel::Kernel); besides, [`Plan::is_whole`] holds for the tile.
+pub(super) type Multiply = unsafe fn(tile: &Tile, x: &WholeActivations);
+
+impl Kind {
+    /// Whether there are kernels for this kind.
+    const fn can_be_whole(self) -> bool {
+        self.group == WIDE && self.tables == 0 && matches!(self.shift, ShiftKind::Offset)
+    }
+}
+
+impl Plan {
+    /// Whether rows have one scale each, and their products with whole numbers of 8 bits fit 32 bits.
+    pub(super) fn is_whole(&self) -> bool {
+        let columns = self.blocks * BLOCK;
+        let fits = columns << (self.kind.bits + 7) <= i32::MAX as usize;
+        self.kind.can_be_whole() && self.group_blocks >= self.blocks && fits
+    }
+}
+
+macro_rules! kernel {
+    ($name:ident, $simd:ty $(, $features:literal)?) => {
+        pub(super) mod $name {
+            use super::*;
+
+            pub(in crate::int8) fn whole<K: Shape>() -> Whole {
+                Whole {
+                    split: <$simd>::SPLIT,
+                    most: <$simd>::MOST,
+                    multiply: multiply::<K>,
+                }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn multiply<K: Shape>(tile: &Tile, x: &WholeActivations) {
+                // Of other kinds nothing is compiled.
+                if K::KIND.can_be_whole() {
+                    // SAFETY: the caller's; the features are enabled here.
+                    unsafe { all_rows::<$simd, K>(tile, x) }
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+kernel!(avx512, crate::int8::simd::Avx512, "avx512f,avx512bw,avx512vnni");
+#[cfg(target_arch = "x86_64")]
+kernel!(avx2, crate::int8::simd::Avx2, "avx2,fma,f16c");
+#[cfg(target_arch = "aarch64")]
+kernel!(dot_prod, crate::int8::simd::DotProd, "neon,dotprod");
+#[cfg(target_arch = "aarch64")]
+kernel!(neon, crate::int8::simd::Neon, "neon");
+#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
+kernel!(simd128, crate::int8::simd::Simd128, "simd128");
+kernel!(scalar, crate::int8::simd::Scalar);
+
+/// # Safety
+/// See [`Multiply`].
+#[inline(always)]
+unsafe fn all_rows<S: Simd, K: Shape>(tile: &Tile, x: &WholeActivations) {
+    // SAFETY: the caller's; the batches are those of `x`.
+    unsafe {
+        for (first, rows) in batches(x.rows, S::MOST) {
+            match rows {
+                8 if S::MOST >= 8 => batch::<S, K, 8>(tile, x, first),
+                4 if S::MOST >= 4 => batch::<S, K, 4>(tile, x, first),
+                2 if S::MOST >= 2 => batch::<S, K, 2>(tile, x, first),
+                _ => batch::<S, K, 1>(tile, x, first),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// See [`Multiply`]; the `M` rows from `first` on are a batch of `x`.
+#[inline(always)]
+unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &WholeActivations, first: usize) {
+    let plan = &tile.weight.plan;
+    let full = K::KIND.bits == 8;
+    let offset = plan.offset - if full { S::BIAS } else { 0 };
+    let four = M * step_bytes(S::SPLIT);
+    // So many sums that no product waits for the one before it, and registers have room for all.
+    let apart = const { if M < 8 { 4 / M } else { 1 } };
+    // SAFETY: all offsets stay within the tile, which is as `Plan` says, and the rows `first..first + M`.
+    unsafe {
+        let mut codes = x.codes.as_ptr().add(first * x.row_bytes);
+        let mut sums = [[S::splat(0); M]; 4];
+        for m in 0..M {
+            sums[0][m] = S::splat(-offset * x.sums[first + m]);
+        }
+        let mut at = tile.codes.as_ptr();
+        let scale = S::load_float(at.cast());
+        at = at.add(K::HEAD_BYTES);
+        macro_rules! steps {
+            ($($step:literal)*) => {$(
+                let w = step::<S, $step>(at, K::KIND.bits);
+                S::dots_whole::<M>(&mut sums[$step % apart], w, codes.add($step * four), full);
+            )*};
+        }
+        for _ in 0..plan.blocks {
+            steps!(0 1 2 3 4 5 6 7);
+            at = at.add(K::BLOCK_BYTES);
+            codes = codes.add(8 * four);
+        }
+        let scale = S::mul(scale, S::load_float(tile.factors.as_ptr()));
+        for m in 0..M {
+            let sum = S::add_sums(
+                S::add_sums(sums[0][m], sums[1][m]),
+                S::add_sums(sums[2][m], sums[3][m]),
+            );
+            let values = S::mul(S::to_float(sum), scale);
+            tile.store::<S>(S::scale_add(values, x.scales[first + m], S::zero()), first + m);
+        }
+    }
+}
+
+/// Bytes of four columns of a row of activations.
+const fn step_bytes(split: Split) -> usize {
+    match split {
+        Split::Bytes => 4,
+        Split::Words => 8,
+    }
+}
+
+/// The whole numbers that a row of activations becomes, their sum, and what 1 stands for: a 127th of the largest absolute
+/// value, which counts as 1e-5 at least. A row with infinities or what is no number becomes zeros that stand for no number.
+#[inline(always)]
+pub(super) fn quantize_row(x: &[f32], codes: &mut [i8]) -> (i32, f32) {
+    // As integers the bits of absolute values are ordered as the values are, infinity and NaN last.
+    let mut largest = 0u32;
+    for x in x {
+        largest = largest.max(x.to_bits() & 0x7FFF_FFFF);
+    }
+    let largest = f32::from_bits(largest);
+    if !largest.is_finite() {
+        codes.fill(0);
+        return (0, f32::NAN);
+    }
+    let scale = 127.0 / largest.max(1e-5);
+    let mut sum = 0;
+    for (code, x) in codes.iter_mut().zip(x) {
+        let whole = ((x * scale + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+        *code = whole as i8;
+        sum += whole;
+    }
+    (sum, 1.0 / scale)
+}
+
+impl WholeActivations {
+    /// Quantizes `x` `[rows, cols]`, `cols` a multiple of 32, to 8 bits.
+    pub fn quantize(x: &[f32], cols: usize, whole: Whole) -> Self {
+        let rows = x.len() / cols.max(1);
+        let row_bytes = cols / 4 * step_bytes(whole.split);
+        let mut all = Self {
+            rows,
+            row_bytes,
+            // Kernels may read four more.
+            codes: vec![0; rows * row_bytes + 4],
+            scales: vec![0.0; rows],
+            sums: vec![0; rows],
+        };
+        let mut own = vec![0; cols];
+        for (first, len) in batches(rows, whole.most) {
+            let codes = &mut all.codes[first * row_bytes..(first + len) * row_bytes];
+            for row in 0..len {
+                let x = &x[(first + row) * cols..][..cols];
+                (all.sums[first + row], all.scales[first + row]) =
+                    pulp::Arch::new().dispatch(|| quantize_row(x, &mut own));
+                place(whole.split, &own, row, len, codes);
+            }
+        }
+        all
+    }
+}
+
+/// Puts the codes of a row in their places in a batch.
+fn place(split: Split, own: &[i8], row: usize, rows: usize, to: &mut [i8]) {
+    let fours = own.as_chunks::<4>().0;
+    let to = to.as_chunks_mut::<4>().0;
+    match split {
+        Split::Bytes => {
+            for (four, to) in fours.iter().zip(to.chunks_exact_mut(rows)) {
+                to[row] = *four;
+            }
+        }
+        Split::Words => {
+            for (four, to) in fours.iter().zip(to.chunks_exact_mut(2 * rows)) {
+                let four = four.map(i16::from);
+                to[row] = bytemuck::cast([four[0], four[2]]);
+                to[rows + row] = bytemuck::cast([four[1], four[3]]);
+            }
+        }
+    }
+}
