@@ -391,20 +391,6 @@ pub struct InspectArgs {
     /// Name every tensor.
     #[arg(long)]
     pub tensors: bool,
-    /// Say how every matrix is stored; those of the same name in all layers together.
-    #[arg(long)]
-    pub modules: bool,
-    /// The number of tokens that memory is computed for [default: what the model was made for].
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub context: Option<usize>,
-    /// The number of sequences that memory is computed for.
-    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
-    pub batch: usize,
-    #[arg(long, value_name = "METHOD", help = format!(
-        "As if linear layers were quantized while loading: {}",
-        NAMES.join(", ")
-    ))]
-    pub quantize: Option<String>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
@@ -448,9 +434,6 @@ pub struct QuantizeArgs {
     /// that fits counts.
     #[arg(long, value_name = "PART=TYPE", value_parser = tensor_type)]
     pub tensor_type: Vec<(String, DType)>,
-    /// An importance matrix that llama.cpp's `llama-imatrix` made, for gguf:TYPE; --calibration makes one of a text.
-    #[arg(long, value_name = "FILE", conflicts_with = "text")]
-    pub imatrix: Option<PathBuf>,
     /// Only say what would become of which tensor, and how large the result would be.
     #[arg(long)]
     pub dry_run: bool,
@@ -466,7 +449,7 @@ pub struct QuantizeArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "GPTQ, AWQ and HQQ")]
 pub struct CalibrationArgs {
-    /// A text like those that the model will read: what GPTQ and AWQ look at, and GGUF's types with fewer than 8 bits can.
+    /// A text like those that the model will read: what GPTQ and AWQ look at.
     #[arg(long = "calibration", value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Samples of the text.

@@ -9,10 +9,9 @@ use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use oxiformers::hub::checkpoint::{Checkpoint, DType, TensorInfo};
 use oxiformers::hub::{ModelFiles, OutputFile};
 use oxiformers::models::quantize::{PlannedTensor, QuantizePlan};
-use oxiformers::quant::gguf::{FileType, ImportanceMatrix, Plan};
+use oxiformers::quant::gguf::{FileType, Plan};
 use oxiformers::quant::{MethodOptions, QuantizationConfig, Recipe};
-use oxiformers::{AutoConfig, ChatTemplate, LanguageModel, Tokenizer, device};
-use serde_json::{Map, Value, json};
+use oxiformers::{Tokenizer, device};
 
 use crate::args::{Dtype, Method, QuantizeArgs};
 use crate::{interrupt, session};
@@ -71,9 +70,6 @@ fn recipe(args: &QuantizeArgs, name: &str) -> anyhow::Result<Recipe> {
 }
 
 fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
-    if args.imatrix.is_some() {
-        bail!("--imatrix is for gguf:TYPE; {name} does not look at it");
-    }
     let files = session::files(Some(&args.model))?;
     let dtype = match args.dtype {
         Dtype::Auto => None,
@@ -138,84 +134,21 @@ fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a GGUF knows besides weights as the files that a folder has: the tokenizer, its special tokens, chat templates, and
-/// where answers end.
+/// The tokenizer of a GGUF as the files that a folder has.
 fn write_tokenizer(files: &ModelFiles, output: &Path) -> anyhow::Result<()> {
     let written = Tokenizer::from_files(files).and_then(|tokenizer| {
         let json = tokenizer.to_json(true)?;
         Ok((tokenizer, json))
     });
-    let (tokenizer, json) = match written {
-        Ok(written) => written,
-        Err(error) => {
-            eprintln!("no tokenizer.json was written: {error}");
-            return Ok(());
+    match written {
+        Ok((_, json)) => {
+            let mut file = OutputFile::create(&output.join("tokenizer.json"))?;
+            file.write_all(json.as_bytes())?;
+            file.finish()?;
         }
-    };
-    let write = |name: &str, text: &str| -> anyhow::Result<()> {
-        let path = output.join(name);
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
-        let mut file = OutputFile::create(&path)?;
-        file.write_all(text.as_bytes())?;
-        Ok(file.finish()?)
-    };
-    write("tokenizer.json", &json)?;
-    let mut settings = tokenizer.special_tokens_map();
-    let known = tokenizer.config();
-    settings.insert("tokenizer_class".to_string(), json!("PreTrainedTokenizerFast"));
-    settings.insert("clean_up_tokenization_spaces".to_string(), json!(false));
-    for (name, value) in [
-        ("add_bos_token", json!(known.add_bos_token)),
-        ("add_eos_token", json!(known.add_eos_token)),
-        (
-            "model_max_length",
-            json!(
-                AutoConfig::from_files(files)?
-                    .architecture
-                    .max_position_embeddings()
-            ),
-        ),
-    ] {
-        if !value.is_null() {
-            settings.insert(name.to_string(), value);
-        }
+        Err(error) => eprintln!("no tokenizer.json was written: {error}"),
     }
-    write(
-        "tokenizer_config.json",
-        &format!("{:#}\n", Value::Object(settings)),
-    )?;
-    if let Some(template) = ChatTemplate::from_files(files, &tokenizer)? {
-        for (name, source) in template.sources() {
-            match name {
-                "default" => write("chat_template.jinja", source)?,
-                name => write(&format!("additional_chat_templates/{name}.jinja"), source)?,
-            }
-        }
-    }
-    let config = LanguageModel::generation_config_of(files, &tokenizer)?;
-    let mut settings = Map::new();
-    for (name, id) in [
-        ("bos_token_id", json!(tokenizer.bos_token_id())),
-        (
-            "eos_token_id",
-            match config.eos_token_id.as_slice() {
-                [] => Value::Null,
-                [one] => json!(one),
-                several => json!(several),
-            },
-        ),
-        ("pad_token_id", json!(tokenizer.pad_token_id())),
-    ] {
-        if !id.is_null() {
-            settings.insert(name.to_string(), id);
-        }
-    }
-    write(
-        "generation_config.json",
-        &format!("{:#}\n", Value::Object(settings)),
-    )
+    Ok(())
 }
 
 fn progress(bytes: usize) -> ProgressBar {
@@ -240,16 +173,10 @@ fn counts(names: impl Iterator<Item = String>) -> String {
 }
 
 fn gguf(args: &QuantizeArgs, ty: FileType) -> anyhow::Result<()> {
-    let files = session::files(Some(&args.model))?;
-    let checkpoint = Checkpoint::open(&files)?;
+    let checkpoint = Checkpoint::open(&session::files(Some(&args.model))?)?;
     let stored = |info: &TensorInfo| info.dtype.num_bytes(&info.shape).unwrap_or(0);
     let before: usize = checkpoint.tensors().map(stored).sum();
-    let importance = match (&args.imatrix, &args.calibration.text) {
-        (Some(file), _) => Some(ImportanceMatrix::open(&ModelFiles::from_file(file)?)?),
-        (None, Some(_)) if checkpoint.gguf().is_some() => Some(calibrated::importance(args, &files)?),
-        (None, _) => None,
-    };
-    let plan = Plan::new(checkpoint, ty, &args.tensor_type, importance)?;
+    let plan = Plan::new(checkpoint, ty, &args.tensor_type)?;
     let Some(output) = args.output.as_deref().filter(|_| !args.dry_run) else {
         return describe(&plan, before);
     };

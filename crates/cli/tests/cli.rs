@@ -457,54 +457,6 @@ fn inspect_without_loading() {
 }
 
 #[test]
-fn inspect_says_how_modules_are_stored_and_what_memory_they_take() {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/fixtures/quantized");
-    let inspect = |name: &str, extra: &[&str]| {
-        let mut command = oxiformers();
-        command.args(["inspect", "--json", "--modules"]).args(extra);
-        json(command.arg(fixtures.join(name)))
-    };
-    let report = inspect("llama-fp4", &["--context", "100", "--batch", "2"]);
-    let fp4 = report["schemes"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|scheme| scheme["scheme"] == "fp4")
-        .unwrap();
-    assert_eq!(fp4["matrices"], 10);
-    // Four bits, and 32 for each 64.
-    assert_eq!(fp4["bits_per_weight"], 4.5);
-    let kept = report["kept"].to_string();
-    assert!(kept.contains("q_proj") && kept.contains("mlp.up_proj"), "{kept}");
-    assert_eq!(report["quantization"]["quant_method"], "bitsandbytes");
-    let memory = &report["memory"];
-    let number = |name: &str| memory[name].as_u64().unwrap();
-    // Two layers, two heads of 16 of keys and of values.
-    assert_eq!(number("kv_cache"), 2 * 100 * 2 * 2 * 2 * 16 * 4);
-    assert_eq!(
-        number("total"),
-        number("weights") + number("kv_cache") + number("activations")
-    );
-    let one = inspect("bitnet-offline", &[]);
-    let modules = one["modules"].as_array().unwrap();
-    let down = modules
-        .iter()
-        .find(|module| module["name"] == "model.layers.*.mlp.down_proj")
-        .unwrap();
-    assert_eq!(
-        (down["count"].as_u64(), down["scheme"].as_str()),
-        (Some(2), Some("bitnet"))
-    );
-    let tiny = tiny_model();
-    let report = json(
-        oxiformers()
-            .args(["inspect", "--json", "--quantize", "nf4"])
-            .arg(tiny.path()),
-    );
-    assert!(report["schemes"].to_string().contains("nf4"), "{report}");
-}
-
-#[test]
 fn chat_reads_a_pipe() {
     let tiny = tiny_model();
     let chat = |text: &'static str| {
@@ -1048,50 +1000,6 @@ fn a_gguf_is_quantized() {
     write().assert().failure().stderr(contains("--force"));
     write().arg("--force").assert().success();
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
-}
-
-#[test]
-fn an_importance_matrix_of_a_text() {
-    let folder = tempfile::tempdir().unwrap();
-    let text = folder.path().join("text.txt");
-    std::fs::write(&text, "hello world\n".repeat(200)).unwrap();
-    let output = folder.path().join("out.gguf");
-    // With a tokenizer beside it.
-    let model = tiny_model();
-    std::fs::remove_file(model.path().join("model.safetensors")).unwrap();
-    std::fs::copy(tiny_gguf(), model.path().join("model.gguf")).unwrap();
-    let model = model.path();
-    let quantized = |extra: &[&str]| {
-        let mut command = quantize(model, "gguf:Q4_0");
-        command
-            .args(["--force", "--output"])
-            .arg(&output)
-            .args(extra)
-            .assert()
-            .success();
-        std::fs::read(&output).unwrap()
-    };
-    let plain = quantized(&[]);
-    let weighed = quantized(&[
-        "--num-samples",
-        "3",
-        "--seq-len",
-        "8",
-        "--calibration",
-        text.to_str().unwrap(),
-    ]);
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(!text(&plain).contains("quantize.imatrix"));
-    assert!(text(&weighed).contains("quantize.imatrix.chunks_count"));
-    assert_ne!(plain[plain.len() - 512..], weighed[weighed.len() - 512..]);
-    quantize(model, "gguf:Q4_0")
-        .args(["--force", "--imatrix"])
-        .arg(tiny_gguf())
-        .arg("--output")
-        .arg(&output)
-        .assert()
-        .failure()
-        .stderr(contains("imatrix"));
 }
 
 #[test]

@@ -121,10 +121,6 @@ impl Operand {
         }
     }
 
-    fn takes_int8(&self) -> bool {
-        matches!(&self.weight, Source::Packed(matrix) if matrix.takes_int8())
-    }
-
     fn int8(&self) -> Option<&Int8Matrix> {
         match &self.weight {
             Source::Packed(matrix) => match matrix.form() {
@@ -170,14 +166,8 @@ fn on_the_cpu<const D: usize, const N: usize>(
 /// `[rows, out_features]` for each operand.
 fn products(x: &[f32], in_features: usize, operands: &[Operand], act: Option<Activation>) -> Vec<Vec<f32>> {
     let int8: Vec<_> = operands.iter().filter_map(Operand::int8).collect();
-    let whole = operands.iter().filter(|operand| operand.takes_int8()).count();
-    if int8.len() == operands.len() && [0, int8.len()].contains(&whole) {
-        let matmul = if whole > 0 {
-            int8::matmul_whole
-        } else {
-            int8::matmul
-        };
-        let mut outs = matmul(x, in_features, &int8);
+    if int8.len() == operands.len() {
+        let mut outs = int8::matmul(x, in_features, &int8);
         for (operand, out) in operands.iter().zip(&mut outs) {
             finish(out, operand, act);
         }
@@ -213,20 +203,9 @@ fn finish(out: &mut [f32], operand: &Operand, act: Option<Activation>) {
     });
 }
 
-/// `x` `[.., size]`, each row of which becomes whole numbers from -128 to 127 times a scale: its largest absolute value,
-/// 1e-5 at least, divided by 127 (Ma et al., "The era of 1-bit LLMs", 2024).
-pub fn int8_activations<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    let scale = x.clone().abs().max_dim(D - 1).clamp_min(1e-5).recip() * 127.0;
-    (x * scale.clone()).round().clamp(-128.0, 127.0) / scale
-}
-
 /// The same of tensor operations, with widened weights on the device of `x`.
 fn reference<const D: usize>(x: Tensor<D>, (weight, bias): Layer, act: Option<Activation>) -> Tensor<D> {
     let [out_features, in_features] = weight.shape();
-    let x = match &weight {
-        Weight::Packed(matrix) if matrix.takes_int8() => int8_activations(x),
-        _ => x,
-    };
     let weight = match weight {
         Weight::Dense(tensor) => tensor,
         Weight::Packed(matrix) => {

@@ -8,8 +8,6 @@ use burn::tensor::{Int, Shape, Tensor, TensorData};
 
 use crate::dense::DenseMatrix;
 use crate::int8::Int8Matrix;
-#[cfg(doc)]
-use crate::linear::int8_activations;
 
 /// A weight matrix `[out_features, in_features]` kept in its storage format.
 ///
@@ -25,27 +23,11 @@ pub trait PackedMatrix: Debug + Send + Sync {
     /// Bytes held in memory.
     fn num_bytes(&self) -> usize;
 
-    /// Bytes that are held in memory after the first product, where what it was loaded from is a file: of that nothing
-    /// stays.
-    fn held_bytes(&self) -> usize {
-        self.num_bytes()
-    }
-
     /// Writes the rows as f32 to `dst`, which holds `rows.len() * in_features` values.
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]);
 
-    /// The same matrix, of which only what products need is held; `None` where that is not so, or not less.
-    fn regrouped(&self) -> Option<Arc<dyn PackedMatrix>> {
-        None
-    }
-
     /// What kernels multiply with.
     fn form(&self) -> Form<'_>;
-
-    /// Whether activations become whole numbers of 8 bits before they are multiplied: see [`int8_activations`].
-    fn takes_int8(&self) -> bool {
-        false
-    }
 }
 
 /// A matrix as kernels take it.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
-use oxiformers_nn::quant::Recipe;
+use oxiformers_nn::quant::QuantizationConfig;
 use oxiformers_nn::{Cache, CacheKind, LoadOptions, LogitsFor, Weights};
 use serde_json::Value;
 
@@ -23,7 +23,7 @@ pub struct AutoConfig {
     /// The typed configuration.
     pub architecture: AnyConfig,
     /// How the checkpoint is quantized, if it is.
-    pub quantization: Option<Recipe>,
+    pub quantization: Option<QuantizationConfig>,
 }
 
 impl AutoConfig {
@@ -71,8 +71,8 @@ impl AutoConfig {
                 "`{field}` is {number}, more than anything in a model can be"
             )));
         }
-        let quantization =
-            Recipe::of_model(&json).map_err(|error| bad(format!("`quantization_config`: {error}")))?;
+        let quantization = QuantizationConfig::of_model(&json)
+            .map_err(|error| bad(format!("`quantization_config`: {error}")))?;
         // Fields written as null mean their default.
         let mut fields = json.clone();
         if let Value::Object(map) = &mut fields {

@@ -330,17 +330,6 @@ impl Source {
         all
     }
 
-    /// Where a matrix is stored: the name of the tensor, and how many experts share it.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn stored_name(&self, name: &str) -> Option<(String, usize)> {
-        let stored = &self.names.get(name)?.name;
-        let experts = match self.checkpoint.info(stored)?.shape.as_slice() {
-            [experts, _, _] => *experts,
-            _ => 1,
-        };
-        Some((stored.clone(), experts))
-    }
-
     fn joined_latent(&self, keys: &str) -> oxiformers_hub::Result<TensorView> {
         let view = self.checkpoint.tensor(keys)?;
         let values = self.checkpoint.tensor(&keys.replace("attn_k_b", "attn_v_b"))?;

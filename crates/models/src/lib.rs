@@ -34,7 +34,6 @@ pub mod albert;
 pub mod bart;
 pub mod bert;
 pub mod big_bird;
-pub mod bitnet;
 pub mod bloom;
 pub mod cohere;
 pub mod deberta_v2;
@@ -56,8 +55,6 @@ pub mod longformer;
 pub mod m2m_100;
 pub mod marian;
 pub mod mbart;
-#[cfg(not(target_arch = "wasm32"))]
-pub mod memory;
 pub mod mistral;
 pub mod mixtral;
 pub mod modernbert;

@@ -46,18 +46,9 @@ pub enum QuantizeError {
 /// # Errors
 /// As loading has them.
 pub fn survey(files: &ModelFiles) -> Result<Vec<SurveyedMatrix>> {
-    survey_as(files, None)
-}
-
-/// [`survey`] of what the matrices of a model become that are quantized while they are loaded.
-///
-/// # Errors
-/// As loading has them.
-pub fn survey_as(files: &ModelFiles, recipe: Option<Arc<Recipe>>) -> Result<Vec<SurveyedMatrix>> {
     let survey = Arc::new(Survey::default());
     let options = LoadOptions {
         survey: Some(survey.clone()),
-        quantization: recipe,
         ..LoadOptions::default()
     };
     let config = AutoConfig::from_files(files)?;
@@ -151,12 +142,11 @@ impl QuantizePlan {
         if let Some(stored) = &config.quantization {
             return Err(refused(format!(
                 "is quantized already, with {}; quantize the original",
-                stored.config.method()
+                stored.method()
             )));
         }
-        let surveyed = survey(files)?;
-        recipe.name_kept();
-        say_what_is_kept(&mut recipe, &surveyed);
+        let matrices = survey(files)?;
+        say_what_is_kept(&mut recipe, &matrices);
         let checkpoint = Checkpoint::open(files)?;
         let infos: Vec<TensorInfo> = checkpoint.tensors().cloned().collect();
         let (source, names): (Box<dyn TensorSource>, Vec<String>) = match checkpoint.gguf() {
@@ -170,14 +160,12 @@ impl QuantizePlan {
                 infos.into_iter().map(|info| info.name).collect(),
             ),
         };
-        let matrices: HashMap<&str, &SurveyedMatrix> = surveyed
+        let matrices: HashMap<&str, &SurveyedMatrix> = matrices
             .iter()
             .filter_map(|matrix| Some((matrix.stored.as_deref()?, matrix)))
             .collect();
         let rows_are_outputs = source.rows_are_outputs();
         let mut items = Vec::with_capacity(names.len());
-        // Modules of shapes that the method does not take.
-        let mut left: Vec<(String, [usize; 2])> = Vec::new();
         for name in names {
             let view = source.tensor(&name)?;
             let matrix = matrices.get(name.as_str());
@@ -193,14 +181,7 @@ impl QuantizePlan {
             };
             let conv1d = matrix.is_some_and(|matrix| matrix.role == Role::Conv1d);
             let scheme = match matrix {
-                Some(matrix) => {
-                    let scheme = scheme_of(&recipe, matrix).map_err(|error| refused(error.0))?;
-                    let takes = |scheme: &Arc<dyn Scheme>| scheme.takes(matrix.shape);
-                    if scheme.as_ref().is_some_and(|scheme| !takes(scheme)) {
-                        left.push((matrix.module().to_string(), matrix.shape));
-                    }
-                    scheme.filter(takes)
-                }
+                Some(matrix) => scheme_of(&recipe, matrix).map_err(|error| refused(error.0))?,
                 None => None,
             };
             let fate = match (scheme, matrix) {
@@ -230,19 +211,10 @@ impl QuantizePlan {
             .iter()
             .any(|item| matches!(item.fate, Fate::Quantized { .. }))
         {
-            let why = left.first().map_or(String::new(), |(module, shape)| {
-                format!("; the method leaves matrices as they are whose shapes are no whole number of its blocks, such as {shape:?} of `{module}`")
-            });
-            return Err(refused(format!("no module is left to be quantized{why}")));
-        }
-        if !left.is_empty() {
-            let mut skipped = recipe.config.skipped().unwrap_or_default().to_vec();
-            skipped.extend(left.into_iter().map(|(module, _)| module));
-            recipe.config.skip(skipped);
-            say_what_is_kept(&mut recipe, &surveyed);
+            return Err(refused("no module is left to be quantized".to_string()));
         }
         let mut json = config.json;
-        json["quantization_config"] = recipe.to_json();
+        json["quantization_config"] = recipe.config.to_json();
         Ok(Self {
             model,
             files: files.clone(),
@@ -449,12 +421,9 @@ pub(crate) fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32
 /// would expect them quantized.
 fn say_what_is_kept(recipe: &mut Recipe, matrices: &[SurveyedMatrix]) {
     let outputs = matrices.iter().filter(|matrix| matrix.role == Role::Output);
-    let mut outputs: Vec<String> = outputs.map(|matrix| matrix.module().to_string()).collect();
-    if outputs.is_empty() {
-        // One that shares the table of embeddings is a linear layer all the same.
-        outputs.push("lm_head".to_string());
-    }
-    recipe.config.keep_outputs(outputs);
+    recipe
+        .config
+        .keep_outputs(outputs.map(|matrix| matrix.module().to_string()).collect());
 }
 
 /// Whether a file belongs to a model besides its weights and `config.json`.

@@ -277,8 +277,6 @@ macro_rules! architectures {
 
 architectures! {
     decoders {
-        /// BitNet b1.58.
-        BitNet(bitnet) = "bitnet";
         /// BLOOM.
         Bloom(bloom) = "bloom";
         /// Command R.

@@ -144,8 +144,6 @@ pub struct Attention {
     sinks: Option<Param<Tensor<1>>>,
     /// ALiBi slopes: `[heads]`.
     alibi: Option<Tensor<1>>,
-    /// The norm of what the output projection takes.
-    out_norm: Option<RmsNorm>,
     #[module(skip)]
     config: AttentionConfig,
 }
@@ -207,7 +205,6 @@ impl Attention {
             qk_norm: None,
             sinks: None,
             alibi: None,
-            out_norm: None,
             config,
         }
     }
@@ -233,12 +230,6 @@ impl Attention {
     /// Adds attention sinks.
     pub fn with_sinks(mut self, sinks: Param<Tensor<1>>) -> Self {
         self.sinks = Some(sinks);
-        self
-    }
-
-    /// Adds a norm of what the output projection takes.
-    pub fn with_out_norm(mut self, norm: RmsNorm) -> Self {
-        self.out_norm = Some(norm);
         self
     }
 
@@ -278,10 +269,7 @@ impl Attention {
     /// What follows the attention: `[batch, seq, num_heads * head_dim]` to `[batch, seq, hidden_size]`. For architectures
     /// with an attention of their own.
     pub fn output(&self, x: Tensor<3>) -> Tensor<3> {
-        match &self.out_norm {
-            Some(norm) => self.o_proj.forward(norm.forward(x)),
-            None => self.o_proj.forward(x),
-        }
+        self.o_proj.forward(x)
     }
 
     /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`, before norms

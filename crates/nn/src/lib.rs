@@ -27,7 +27,6 @@ pub mod rope;
 pub mod seq2seq;
 pub mod stack;
 pub mod survey;
-pub mod ternary;
 pub mod weights;
 
 pub use adapter::{Adapter, Switch, Target, TargetKind};
@@ -56,5 +55,4 @@ pub use rope::{Rope, RopeParameters, RopeSettings};
 pub use seq2seq::{EncoderDecoder, Seq2SeqDecoder, Seq2SeqLayer};
 pub use stack::Stack;
 pub use survey::{Survey, SurveyedMatrix};
-pub use ternary::Lambda;
 pub use weights::{Init, LoadOptions, Role, TensorSource, Weights};

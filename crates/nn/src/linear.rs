@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, int8_activations, linear, linears};
+use oxiformers_kernels::{Activation, PackedMatrix, Weight, feed_forward, linear, linears};
 
 use crate::adapter::{Active, AdapterLayer};
-use crate::{Error, Init, Lambda, Result, RmsNorm, TargetKind, Weights};
+use crate::{Error, Init, Result, RmsNorm, TargetKind, Weights};
 
 /// Sees what linear layers multiply their weights with: how calibration (importance matrices, GPTQ, AWQ, …) learns
 /// about activations.
@@ -48,16 +48,20 @@ pub struct Matrix {
     adapters: Vec<AdapterLayer>,
 }
 
+/// `x` `[.., size]`, each row of which becomes whole numbers from -128 to 127 times a scale: its largest absolute value,
+/// 1e-5 at least, divided by 127 (Ma et al., "The era of 1-bit LLMs", 2024).
+fn int8_activations<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let scale = x.clone().abs().max_dim(D - 1).clamp_min(1e-5).recip() * 127.0;
+    (x * scale.clone()).round().clamp(-128.0, 127.0) / scale
+}
+
 /// What is done with activations before they are multiplied, in some schemes of quantization.
 #[derive(Module, Debug)]
 pub struct Input {
     /// They are normalized.
     pub norm: Option<RmsNorm>,
-    /// They become whole numbers of 8 bits with a scale for each token, where the product does not see to it.
+    /// They become whole numbers of 8 bits with a scale for each token.
     pub int8: bool,
-    /// Both, they and the dense weight, are quantized only for the forward pass, and so far.
-    #[module(skip)]
-    pub straight_through: Option<Lambda>,
 }
 
 impl Input {
@@ -66,11 +70,7 @@ impl Input {
             Some(norm) => norm.forward(x),
             None => x,
         };
-        match &self.straight_through {
-            Some(lambda) => lambda.activations(x),
-            None if self.int8 => int8_activations(x),
-            None => x,
-        }
+        if self.int8 { int8_activations(x) } else { x }
     }
 }
 
@@ -129,15 +129,6 @@ impl Matrix {
         }
     }
 
-    /// A dense weight, as the forward pass has it.
-    fn trained(&self, dense: Tensor<2>) -> Tensor<2> {
-        let input = self.input.as_ref();
-        match input.and_then(|input| input.straight_through.as_ref()) {
-            Some(lambda) => lambda.weights(dense),
-            None => dense,
-        }
-    }
-
     /// `[out_features, in_features]`.
     pub fn shape(&self) -> [usize; 2] {
         match (&self.packed, &self.dense) {
@@ -147,18 +138,13 @@ impl Matrix {
         }
     }
 
-    /// What is done with its inputs first.
-    pub fn input(&self) -> Option<&Input> {
-        self.input.as_ref()
-    }
-
     /// The matrix in its storage format, if it is held so.
     pub(crate) fn as_packed(&self) -> Option<&Arc<dyn PackedMatrix>> {
         self.packed.as_ref()
     }
 
     /// Its values, if they are held as floats.
-    pub fn as_dense(&self) -> Option<&Param<Tensor<2>>> {
+    pub(crate) fn as_dense(&self) -> Option<&Param<Tensor<2>>> {
         self.dense.as_ref()
     }
 
@@ -171,7 +157,7 @@ impl Matrix {
         }
         match (&self.packed, &self.dense) {
             (Some(packed), _) => Weight::Packed(packed.clone()),
-            (None, Some(dense)) => Weight::Dense(self.trained(dense.val())),
+            (None, Some(dense)) => Weight::Dense(dense.val()),
             (None, None) => Weight::Dense(Tensor::zeros([0, 0], &Device::flex())),
         }
     }

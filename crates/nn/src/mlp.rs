@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use crate::linear::Matrix;
-use crate::{Activation, Linear, Result, RmsNorm, Weights};
+use crate::{Activation, Linear, Result, Weights};
 
 /// `down(act(gate(x)) · up(x))` (Shazeer, 2020).
 #[derive(Module, Debug)]
@@ -14,8 +14,6 @@ pub struct GatedMlp {
     /// Gate and up stacked, where the checkpoint has them so.
     gate_up_proj: Option<Linear>,
     down_proj: Linear,
-    /// The norm of what `down_proj` takes.
-    inner_norm: Option<RmsNorm>,
     #[module(skip)]
     act: Activation,
 }
@@ -53,7 +51,6 @@ impl GatedMlp {
             up_proj: Some(Linear::load(&w.pp(up), hidden, intermediate, bias)?),
             gate_up_proj: None,
             down_proj: Linear::load(&w.pp(down), intermediate, hidden, bias)?,
-            inner_norm: None,
             act,
         })
     }
@@ -72,7 +69,6 @@ impl GatedMlp {
             up_proj: None,
             gate_up_proj: Some(Linear::load(&w.pp(gate_up), hidden, 2 * intermediate, bias)?),
             down_proj: Linear::load(&w.pp(down), intermediate, hidden, bias)?,
-            inner_norm: None,
             act,
         })
     }
@@ -84,7 +80,6 @@ impl GatedMlp {
             up_proj: Some(Linear::from_matrix(up)),
             gate_up_proj: None,
             down_proj: Linear::from_matrix(down),
-            inner_norm: None,
             act,
         }
     }
@@ -96,15 +91,8 @@ impl GatedMlp {
             up_proj: None,
             gate_up_proj: Some(Linear::from_matrix(gate_up)),
             down_proj: Linear::from_matrix(down),
-            inner_norm: None,
             act,
         }
-    }
-
-    /// Adds a norm of what `down_proj` takes.
-    pub fn with_inner_norm(mut self, norm: RmsNorm) -> Self {
-        self.inner_norm = Some(norm);
-        self
     }
 
     /// `[.., hidden]` to the same shape.
@@ -124,11 +112,7 @@ impl GatedMlp {
             }
             _ => return x,
         };
-        let inner = self.act.gated(gate, up);
-        match &self.inner_norm {
-            Some(norm) => self.down_proj.forward(norm.forward(inner)),
-            None => self.down_proj.forward(inner),
-        }
+        self.down_proj.forward(self.act.gated(gate, up))
     }
 }
 

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use oxiformers_hub::checkpoint::{DType, TensorView};
-use oxiformers_quant::{Dense, Parts, Scheme};
+use oxiformers_quant::{self as quant, Dense, Parts, Scheme};
 
 use crate::linear::{Input, Matrix};
 use crate::weights::{Role, lock};
 use crate::{Error, Result, RmsNorm, Weights};
 
 /// A module in a checkpoint.
-pub(crate) struct Found {
-    scheme: Arc<dyn Scheme>,
+pub(crate) struct Found<'a> {
+    scheme: &'a Arc<dyn Scheme>,
     parts: Parts,
     /// The names of the tensors.
     names: Vec<String>,
@@ -24,28 +24,22 @@ pub(crate) fn module_of(full: &str) -> &str {
 
 impl Weights {
     /// The tensors that stand for the matrix `full` where it is stored by a scheme.
-    pub(crate) fn find_module(&self, full: &str) -> Option<Found> {
+    pub(crate) fn find_module(&self, full: &str) -> Option<Found<'_>> {
         let module = module_of(full);
-        self.schemes(module).into_iter().find_map(|scheme| {
+        self.shared.schemes.iter().find_map(|scheme| {
             let endings = scheme.endings().iter().map(|ending| (*ending, *ending));
-            let found = self.collect(&scheme, module, endings)?;
+            let found = self.collect(scheme, module, endings)?;
             scheme.is_stored(&found.parts).then_some(found)
         })
     }
 
-    /// The schemes by which a module may be stored.
-    fn schemes(&self, module: &str) -> Vec<Arc<dyn Scheme>> {
-        let recipe = self.shared.stored_as.as_ref();
-        recipe.map_or(Vec::new(), |recipe| recipe.stored(module))
-    }
-
     /// The tensors of `module` with endings, under other endings.
-    fn collect<'b>(
-        &self,
-        scheme: &Arc<dyn Scheme>,
+    fn collect<'a, 'b>(
+        &'a self,
+        scheme: &'a Arc<dyn Scheme>,
         module: &str,
         endings: impl Iterator<Item = (&'b str, &'b str)>,
-    ) -> Option<Found> {
+    ) -> Option<Found<'a>> {
         let source = self.shared.source.as_ref()?;
         let (mut parts, mut names) = (Parts::default(), Vec::new());
         for (ending, name) in endings {
@@ -55,11 +49,7 @@ impl Weights {
                 names.push(stored.to_string());
             }
         }
-        Some(Found {
-            scheme: scheme.clone(),
-            parts,
-            names,
-        })
+        Some(Found { scheme, parts, names })
     }
 
     /// The matrix `full`, if it is stored by a scheme.
@@ -77,17 +67,11 @@ impl Weights {
 
     /// A matrix of a scheme, with what the scheme does with its inputs.
     fn with_input(&self, full: &str, matrix: Matrix, scheme: &dyn Scheme) -> Result<Matrix> {
-        let input = self.input_of(full, matrix.shape()[1], scheme)?;
-        // Products with what is packed quantize activations themselves.
-        let int8 = input.int8 && !matrix.as_packed().is_some_and(|packed| packed.takes_int8());
-        if !int8 && input.norm.is_none() {
+        let input = scheme.input();
+        if input == quant::scheme::Input::default() {
             return Ok(matrix);
         }
-        Ok(matrix.with_input(Input { int8, ..input }))
-    }
-
-    fn input_of(&self, full: &str, in_features: usize, scheme: &dyn Scheme) -> Result<Input> {
-        let input = scheme.input();
+        let [_, in_features] = matrix.shape();
         let norm = match input.norm {
             Some(eps) => {
                 let place = self.at(format!("{}.rms_norm", module_of(full)));
@@ -95,53 +79,18 @@ impl Weights {
             }
             None => None,
         };
-        Ok(Input {
+        Ok(matrix.with_input(Input {
             norm,
             int8: input.int8,
-            straight_through: None,
-        })
-    }
-
-    /// A dense matrix, which training quantizes where it is to become one of a scheme that can be trained so.
-    pub(crate) fn trained(&self, full: &str, matrix: Matrix) -> Result<Matrix> {
-        let (Some(lambda), Some(scheme)) = (self.shared.options.straight_through.clone(), self.trains(full)?)
-        else {
-            return Ok(matrix);
-        };
-        let input = self.input_of(full, matrix.shape()[1], scheme.as_ref())?;
-        Ok(matrix.with_input(Input {
-            straight_through: Some(lambda),
-            ..input
         }))
-    }
-
-    /// The scheme that a matrix is trained for.
-    pub(crate) fn trains(&self, full: &str) -> Result<Option<Arc<dyn Scheme>>> {
-        if self.shared.options.straight_through.is_none() {
-            return Ok(None);
-        }
-        let scheme = self.becomes(full)?;
-        Ok(scheme.filter(|scheme| scheme.is_trainable()))
-    }
-
-    /// The scheme that a matrix is to become.
-    fn becomes(&self, full: &str) -> Result<Option<Arc<dyn Scheme>>> {
-        let (module, recipe) = (module_of(full), self.shared.options.quantization.as_ref());
-        let role = self.role_of(module);
-        match recipe {
-            Some(recipe) if role != Role::Kept => recipe
-                .scheme(module, role == Role::Output)
-                .map_err(|error| Error::config("quantization_config", error.0)),
-            _ => Ok(None),
-        }
     }
 
     /// The matrices `full`, if they are stored together by a scheme.
     pub(crate) fn stored_stack(&self, full: &str, shape: [usize; 3]) -> Result<Option<Vec<Matrix>>> {
         let [count, rows, columns] = shape;
-        for scheme in self.schemes(module_of(full)) {
+        for scheme in &self.shared.schemes {
             let endings = scheme.stacked_endings();
-            let Some(found) = self.collect(&scheme, module_of(full), endings.iter().copied()) else {
+            let Some(found) = self.collect(scheme, module_of(full), endings.iter().copied()) else {
                 continue;
             };
             if endings.is_empty() || !scheme.is_stored(&found.parts) {
@@ -164,21 +113,21 @@ impl Weights {
 
     /// The matrix that stored floats become, if they are to be quantized. `dtype` is how the checkpoint has them.
     pub(crate) fn quantized(&self, full: &str, view: &TensorView, dtype: DType) -> Result<Option<Matrix>> {
-        let (Some(scheme), Some(matrix)) = (self.becomes(full)?, oxiformers_quant::pack(view)) else {
+        let Some(recipe) = self.shared.options.quantization.as_ref() else {
+            return Ok(None);
+        };
+        let module = module_of(full);
+        let role = self.role_of(module);
+        if role == Role::Kept {
+            return Ok(None);
+        }
+        let scheme = recipe
+            .scheme(module, role == Role::Output)
+            .map_err(|error| Error::config("quantization_config", error.0))?;
+        let (Some(scheme), Some(matrix)) = (scheme, oxiformers_quant::pack(view)) else {
             return Ok(None);
         };
         let shape = matrix.shape();
-        if !scheme.takes(shape) {
-            return Ok(None);
-        }
-        if let Some(survey) = &self.shared.options.survey {
-            let plan = scheme
-                .plan(shape, dtype)
-                .map_err(|reason| self.wrong(full, reason))?;
-            let matrix = self.packed_matrix(full.to_string(), matrix)?;
-            survey.becomes(scheme.name(), plan.num_bytes());
-            return Ok(Some(matrix));
-        }
         let dense = Dense {
             matrix: matrix.as_ref(),
             dtype,
@@ -190,11 +139,6 @@ impl Weights {
         drop(matrix);
         // It will hardly be read again.
         oxiformers_hub::release(&view.data);
-        // The codes are no file's, from which they could be read again: nothing of them is held twice.
-        let packed = match self.packs() {
-            true => packed.regrouped().unwrap_or(packed),
-            false => packed,
-        };
         let matrix = self.packed_matrix(full.to_string(), packed)?;
         self.with_input(full, matrix, scheme.as_ref()).map(Some)
     }

@@ -20,10 +20,8 @@ pub struct SurveyedMatrix {
     pub role: Role,
     /// How it is stored.
     pub scheme: String,
-    /// Bytes that it takes where it is stored.
+    /// Bytes that it takes.
     pub num_bytes: usize,
-    /// Bytes that it takes in memory, once it was multiplied.
-    pub held_bytes: usize,
 }
 
 impl SurveyedMatrix {
@@ -46,16 +44,7 @@ impl Survey {
             role,
             scheme: matrix.scheme().to_string(),
             num_bytes: matrix.num_bytes(),
-            held_bytes: matrix.held_bytes(),
         });
-    }
-
-    /// Says what the last matrix will become.
-    pub(crate) fn becomes(&self, scheme: &str, num_bytes: usize) {
-        if let Some(matrix) = lock(&self.0).last_mut() {
-            matrix.scheme = scheme.to_string();
-            (matrix.num_bytes, matrix.held_bytes) = (num_bytes, num_bytes);
-        }
     }
 
     /// What was found, in the order of loading.

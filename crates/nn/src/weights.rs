@@ -9,12 +9,11 @@ use burn::tensor::{Device, Distribution, FloatDType, Shape, Tensor, TensorData};
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorView};
 use oxiformers_kernels::threads;
 pub use oxiformers_quant::to_f32;
-use oxiformers_quant::{PackedMatrix, Recipe};
+use oxiformers_quant::{PackedMatrix, QuantizationConfig, Recipe, Scheme};
 
 use crate::adapter::AdapterLayer;
 use crate::linear::{Matrix, Observer};
 use crate::survey::Survey;
-use crate::ternary::Lambda;
 use crate::{Adapter, Error, Result, Target, TargetKind};
 
 /// Named tensors of one model.
@@ -79,9 +78,6 @@ pub struct LoadOptions {
     /// no two are in memory as floats. Where the device does not multiply with them so, or `dtype` is given, they get
     /// the values that quantization leaves.
     pub quantization: Option<Arc<Recipe>>,
-    /// How far the forward pass quantizes, where a model is trained for a [quantization](Self::quantization) that can be
-    /// trained so: its matrices keep their values, and gradients pass straight through to them.
-    pub straight_through: Option<Lambda>,
     /// Who is told which matrices a model is made of. What is loaded with it can be described, but not run.
     pub survey: Option<Arc<Survey>>,
     /// Adapters, in the order in which they are applied. Where there are any, the model's own parameters are not trained,
@@ -96,7 +92,6 @@ impl Default for LoadOptions {
             dtype: None,
             observer: None,
             quantization: None,
-            straight_through: None,
             survey: None,
             adapters: Vec::new(),
         }
@@ -119,7 +114,7 @@ pub(crate) struct Shared {
     pub(crate) source: Option<Box<dyn TensorSource>>,
     pub(crate) options: LoadOptions,
     /// How modules are stored that are not stored as they are.
-    pub(crate) stored_as: Option<Recipe>,
+    pub(crate) schemes: Vec<Arc<dyn Scheme>>,
     initializer_range: f64,
     base_prefix: String,
     pub(crate) used: Mutex<BTreeSet<String>>,
@@ -157,12 +152,12 @@ impl Weights {
 
     /// The same checkpoint, whose modules are stored as its configuration says.
     #[must_use]
-    pub fn stored_as(mut self, recipe: Option<&Recipe>) -> Self {
-        if let (Some(recipe), Some(shared)) = (recipe, Arc::get_mut(&mut self.shared)) {
-            if recipe.on_load() {
-                shared.options.quantization = Some(Arc::new(recipe.clone()));
+    pub fn stored_as(mut self, config: Option<&QuantizationConfig>) -> Self {
+        if let (Some(config), Some(shared)) = (config, Arc::get_mut(&mut self.shared)) {
+            if config.on_load() {
+                shared.options.quantization = Some(Arc::new(Recipe::from(config.clone())));
             } else {
-                shared.stored_as = Some(recipe.clone());
+                shared.schemes = config.stored();
             }
         }
         self
@@ -183,7 +178,7 @@ impl Weights {
             shared: Arc::new(Shared {
                 source,
                 options,
-                stored_as: None,
+                schemes: Vec::new(),
                 initializer_range,
                 base_prefix,
                 used: Mutex::default(),
@@ -398,7 +393,7 @@ impl Weights {
         }
         match self.take(&full, &shape)? {
             Some(view) => self.matrix_from(full, view),
-            None => self.dense_matrix(full, self.fresh(shape, Init::Normal)),
+            None => Ok(self.dense_matrix(full, self.fresh(shape, Init::Normal))),
         }
     }
 
@@ -426,7 +421,7 @@ impl Weights {
         }
         let Some(mut view) = self.take(&full, &[in_features, out_features])? else {
             let fresh = self.fresh([out_features, in_features], Init::Normal);
-            return self.dense_matrix(full, fresh);
+            return Ok(self.dense_matrix(full, fresh));
         };
         if self.shared.options.survey.is_some() {
             // Nobody looks at the values.
@@ -457,7 +452,7 @@ impl Weights {
             return (0..shape[0])
                 .map(|i| {
                     let fresh = self.fresh([shape[1], shape[2]], Init::Normal);
-                    self.dense_matrix(format!("{full}.{i}"), fresh)
+                    Ok(self.dense_matrix(format!("{full}.{i}"), fresh))
                 })
                 .collect();
         };
@@ -634,18 +629,16 @@ impl Weights {
 
     /// A matrix of values that the checkpoint has as `dtype`.
     fn matrix_stored_as(&self, full: String, view: TensorView, dtype: DType) -> Result<Matrix> {
-        let trains = self.trains(&full)?.is_some();
-        if !trains && let Some(matrix) = self.quantized(&full, &view, dtype)? {
+        if let Some(matrix) = self.quantized(&full, &view, dtype)? {
             return Ok(matrix);
         }
-        if !trains
-            && self.packs()
+        if self.packs()
             && let Some(packed) = oxiformers_quant::pack(&view)
         {
             return self.packed_matrix(full, packed);
         }
         let tensor = self.dense(&full, &view)?;
-        self.dense_matrix(full, tensor)
+        Ok(self.dense_matrix(full, tensor))
     }
 
     /// A matrix in a form that is multiplied so where the device can.
@@ -663,22 +656,16 @@ impl Weights {
         let mut values = vec![0.0; rows * columns];
         packed.dequantize_rows(0..rows, &mut values);
         let data = TensorData::new(values, [rows, columns]);
-        let tensor = self.cast(Tensor::from_data(data, self.device()));
-        Ok(self.untrained_matrix(full, tensor))
+        Ok(self.dense_matrix(full, self.cast(Tensor::from_data(data, self.device()))))
     }
 
-    fn dense_matrix(&self, full: String, tensor: Tensor<2>) -> Result<Matrix> {
-        let matrix = self.untrained_matrix(full.clone(), tensor);
-        self.trained(&full, matrix)
-    }
-
-    fn untrained_matrix(&self, full: String, tensor: Tensor<2>) -> Matrix {
+    fn dense_matrix(&self, full: String, tensor: Tensor<2>) -> Matrix {
         let observer = self.shared.options.observer.as_ref();
         Matrix::dense(self.register(full.clone(), tensor)).observed(&full, observer)
     }
 
     /// Whether matrices are kept in a form that products on the CPU read.
-    pub(crate) fn packs(&self) -> bool {
+    fn packs(&self) -> bool {
         let options = &self.shared.options;
         let flex = Device::flex();
         // Where only adapters are trained, nothing else needs to be floats.

@@ -270,7 +270,7 @@ fn quantized_files_equal_those_of_llama_cpp() {
     // The others take long without optimization.
     let count = if cfg!(debug_assertions) { 3 } else { expected.len() };
     for (ty, expected) in &expected[..count] {
-        let plan = Plan::new(checkpoint.clone(), *ty, &[], None).unwrap();
+        let plan = Plan::new(checkpoint.clone(), *ty, &[]).unwrap();
         let mut hash = Hash(Sha256::new());
         plan.write(&mut hash, "hash", |_| true).unwrap();
         let digest: String = hash

@@ -58,15 +58,6 @@ impl LanguageModel {
         Ok(template.encode(&self.tokenizer, messages, options)?.ids)
     }
 
-    /// How a model generates text by its own settings, completed by what its tokenizer and a GGUF's metadata know of special
-    /// tokens.
-    ///
-    /// # Errors
-    /// Where a file cannot be read, or a field does not fit.
-    pub fn generation_config_of(files: &ModelFiles, tokenizer: &Tokenizer) -> Result<GenerationConfig> {
-        generation_config(files, tokenizer)
-    }
-
     /// A conversation that has not begun.
     pub fn conversation(&self) -> Conversation<'_> {
         Conversation::new(self)

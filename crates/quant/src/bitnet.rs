@@ -137,10 +137,6 @@ impl Scheme for BitNet {
         }
     }
 
-    fn is_trainable(&self) -> bool {
-        true
-    }
-
     fn load(&self, parts: &Parts, shape: [usize; 2]) -> Result<Arc<dyn PackedMatrix>, String> {
         let [rows, cols] = shape;
         let scale = parts.need(".weight_scale")?;
@@ -182,9 +178,7 @@ impl Scheme for BitNet {
         // Codes of 3 stand for 2, as the original unpacks them.
         let rows = Rows { shape, codes, scale };
         let num_bytes = rows.codes.len() + 4;
-        Ok(Arc::new(
-            CodeMatrix::new(rows, "bitnet", num_bytes).with_int8_activations(),
-        ))
+        Ok(Arc::new(CodeMatrix::new(rows, "bitnet", num_bytes)))
     }
 
     fn plan(&self, shape: [usize; 2], dtype: DType) -> Result<Plan, String> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use oxiformers_kernels::int8::{CodeRows, Int8Matrix, Regrouped, Shift};
+use oxiformers_kernels::int8::{CodeRows, Int8Matrix, Shift};
 use oxiformers_kernels::{Form, PackedMatrix};
 
 /// A matrix whose rows are codes as a scheme stores them.
@@ -15,7 +15,6 @@ pub struct CodeMatrix<R> {
     rows: R,
     scheme: &'static str,
     num_bytes: usize,
-    takes_int8: bool,
     /// Made when the first product needs it: tables of embeddings are only looked up.
     int8: Arc<OnceLock<Int8Matrix>>,
 }
@@ -27,17 +26,7 @@ impl<R: CodeRows> CodeMatrix<R> {
             rows,
             scheme,
             num_bytes,
-            takes_int8: false,
             int8: Arc::default(),
-        }
-    }
-
-    /// The same codes, with which only activations of 8 bits are multiplied.
-    #[must_use]
-    pub fn with_int8_activations(self) -> Self {
-        Self {
-            takes_int8: true,
-            ..self
         }
     }
 
@@ -60,108 +49,54 @@ impl<R: CodeRows> PackedMatrix for CodeMatrix<R> {
         self.num_bytes
     }
 
-    fn held_bytes(&self) -> usize {
-        Int8Matrix::bytes_of(self.rows.shape(), self.rows.layout())
-    }
-
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {
-        dequantize(&self.rows, rows, dst);
-    }
-
-    fn regrouped(&self) -> Option<Arc<dyn PackedMatrix>> {
-        Some(Arc::new(RegroupedMatrix {
-            rows: Regrouped::new(&self.rows),
-            scheme: self.scheme,
-            takes_int8: self.takes_int8,
-        }))
-    }
-
-    fn takes_int8(&self) -> bool {
-        self.takes_int8
+        let (layout, [_, cols]) = (self.rows.layout(), self.rows.shape());
+        let groups = layout.groups(cols);
+        let mut codes = vec![0; cols];
+        let mut scales = vec![0.0; groups];
+        let mut shifts = vec![0.0; if layout.has_shifts() { groups } else { 0 }];
+        // In the order of the codes, where that is not the order of columns.
+        let mut sorted = vec![
+            0.0;
+            if self.rows.permutation().is_some() {
+                cols
+            } else {
+                0
+            }
+        ];
+        for (row, dst) in rows.zip(dst.chunks_exact_mut(cols.max(1))) {
+            self.rows
+                .unpack(row..row + 1, &mut codes, &mut scales, &mut shifts);
+            let values = if sorted.is_empty() { &mut *dst } else { &mut sorted };
+            let group = layout.group.clamp(1, cols.max(1));
+            let each = codes.chunks(group).zip(values.chunks_mut(group)).zip(&scales);
+            for (index, ((codes, values), scale)) in each.enumerate() {
+                let shift = shifts.get(index).copied().unwrap_or_default();
+                let all = codes.iter().zip(values);
+                match (layout.table, layout.shift) {
+                    (Some(table), _) => {
+                        all.for_each(|(code, to)| *to = scale * table[usize::from(*code & 15)])
+                    }
+                    (None, Shift::Offset(offset)) => {
+                        all.for_each(|(code, to)| *to = scale * (i32::from(*code) - offset) as f32);
+                    }
+                    (None, Shift::Zeros) => {
+                        all.for_each(|(code, to)| *to = scale * (f32::from(*code) - shift))
+                    }
+                    (None, Shift::Mins) => all.for_each(|(code, to)| *to = scale * f32::from(*code) + shift),
+                }
+            }
+            for (column, value) in self.rows.permutation().unwrap_or_default().iter().zip(&sorted) {
+                if let Some(to) = dst.get_mut(*column as usize) {
+                    *to = *value;
+                }
+            }
+        }
     }
 
     fn form(&self) -> Form<'_> {
         // From then on a few rows are looked up at most.
         Form::Int8(self.int8.get_or_init(|| Int8Matrix::from_codes(&self.rows)))
-    }
-}
-
-/// A matrix of codes that are held only in the form that is multiplied.
-#[derive(Debug)]
-pub struct RegroupedMatrix {
-    rows: Regrouped,
-    scheme: &'static str,
-    takes_int8: bool,
-}
-
-impl RegroupedMatrix {
-    /// Regroups codes; `scheme` is the [name](PackedMatrix::scheme) of their scheme.
-    pub fn new(rows: &dyn CodeRows, scheme: &'static str) -> Self {
-        Self {
-            rows: Regrouped::new(rows),
-            scheme,
-            takes_int8: false,
-        }
-    }
-}
-
-impl PackedMatrix for RegroupedMatrix {
-    fn shape(&self) -> [usize; 2] {
-        self.rows.shape()
-    }
-
-    fn scheme(&self) -> &str {
-        self.scheme
-    }
-
-    fn num_bytes(&self) -> usize {
-        self.rows.num_bytes()
-    }
-
-    fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {
-        dequantize(&self.rows, rows, dst);
-    }
-
-    fn takes_int8(&self) -> bool {
-        self.takes_int8
-    }
-
-    fn form(&self) -> Form<'_> {
-        Form::Int8(self.rows.int8())
-    }
-}
-
-/// Writes rows of codes as f32.
-pub(crate) fn dequantize(from: &dyn CodeRows, rows: Range<usize>, dst: &mut [f32]) {
-    let (layout, [_, cols]) = (from.layout(), from.shape());
-    let groups = layout.groups(cols);
-    let mut codes = vec![0; cols];
-    let mut scales = vec![0.0; groups];
-    let mut shifts = vec![0.0; if layout.has_shifts() { groups } else { 0 }];
-    // In the order of the codes, where that is not the order of columns.
-    let mut sorted = vec![0.0; if from.permutation().is_some() { cols } else { 0 }];
-    for (row, dst) in rows.zip(dst.chunks_exact_mut(cols.max(1))) {
-        from.unpack(row..row + 1, &mut codes, &mut scales, &mut shifts);
-        let values = if sorted.is_empty() { &mut *dst } else { &mut sorted };
-        let group = layout.group.clamp(1, cols.max(1));
-        let each = codes.chunks(group).zip(values.chunks_mut(group)).zip(&scales);
-        for (index, ((codes, values), scale)) in each.enumerate() {
-            let shift = shifts.get(index).copied().unwrap_or_default();
-            let all = codes.iter().zip(values);
-            match (layout.table, layout.shift) {
-                (Some(table), _) => all.for_each(|(code, to)| *to = scale * table[usize::from(*code & 15)]),
-                (None, Shift::Offset(offset)) => {
-                    all.for_each(|(code, to)| *to = scale * (i32::from(*code) - offset) as f32);
-                }
-                (None, Shift::Zeros) => all.for_each(|(code, to)| *to = scale * (f32::from(*code) - shift)),
-                (None, Shift::Mins) => all.for_each(|(code, to)| *to = scale * f32::from(*code) + shift),
-            }
-        }
-        for (column, value) in from.permutation().unwrap_or_default().iter().zip(&sorted) {
-            if let Some(to) = dst.get_mut(*column as usize) {
-                *to = *value;
-            }
-        }
     }
 }
 

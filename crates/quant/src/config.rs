@@ -228,6 +228,15 @@ impl QuantizationConfig {
         Ok(config)
     }
 
+    /// The `quantization_config` of a whole `config.json`, if it has one.
+    ///
+    /// # Errors
+    /// As [`from_json`](Self::from_json).
+    pub fn of_model(config: &Value) -> Result<Option<Self>, ConfigError> {
+        let place = config.get("quantization_config").filter(|value| !value.is_null());
+        place.map(Self::from_json).transpose()
+    }
+
     /// The JSON to be written to a `config.json`.
     pub fn to_json(&self) -> Value {
         let Ok(Value::Object(fields)) = serde_json::to_value(self) else {

@@ -160,16 +160,12 @@ impl Scheme for Fp8 {
         )))
     }
 
-    fn takes(&self, shape: [usize; 2]) -> bool {
-        let block = self.block.unwrap_or(shape);
-        [0, 1]
-            .iter()
-            .all(|axis| block[*axis] > 0 && shape[*axis].is_multiple_of(block[*axis]))
-    }
-
     fn plan(&self, shape: [usize; 2], _dtype: DType) -> Result<Plan, String> {
         let block = self.block.unwrap_or(shape);
-        if !self.takes(shape) {
+        if [0, 1]
+            .iter()
+            .any(|axis| block[*axis] == 0 || !shape[*axis].is_multiple_of(block[*axis]))
+        {
             return Err(format!(
                 "the shape {shape:?} is no whole number of blocks of {block:?}; leave the module out, or choose other blocks"
             ));
@@ -317,11 +313,6 @@ impl PackedMatrix for Fp8Matrix {
 
     fn num_bytes(&self) -> usize {
         self.codes.len() + 4 * self.scales.len()
-    }
-
-    fn held_bytes(&self) -> usize {
-        // Half floats are what is multiplied.
-        2 * self.codes.len()
     }
 
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {

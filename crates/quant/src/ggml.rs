@@ -6,10 +6,8 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
 use oxiformers_kernels::ggml::{self, GgmlRows};
-use oxiformers_kernels::int8::{CodeRows, Int8Matrix};
+use oxiformers_kernels::int8::Int8Matrix;
 use oxiformers_kernels::{Form, PackedMatrix};
-
-use crate::codes::RegroupedMatrix;
 
 /// A matrix whose rows are runs of ggml blocks.
 #[derive(Debug, Clone)]
@@ -53,22 +51,10 @@ impl PackedMatrix for GgmlMatrix {
         self.data.len()
     }
 
-    fn held_bytes(&self) -> usize {
-        Int8Matrix::bytes_of(
-            self.shape,
-            GgmlRows::new(self.ty, self.shape, &self.data).layout(),
-        )
-    }
-
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {
         let bytes = &self.data[rows.start * self.row_bytes..rows.end * self.row_bytes];
         let done = ggml::dequantize(self.ty, bytes, dst);
         debug_assert!(done.is_ok(), "the constructor checked the sizes");
-    }
-
-    fn regrouped(&self) -> Option<Arc<dyn PackedMatrix>> {
-        let rows = GgmlRows::new(self.ty, self.shape, &self.data);
-        Some(Arc::new(RegroupedMatrix::new(&rows, self.ty.name())))
     }
 
     fn form(&self) -> Form<'_> {

@@ -13,7 +13,6 @@ use oxiformers_hub::checkpoint::{DType, TensorView};
 use oxiformers_kernels::int8::{CodeLayout, CodeRows, Int8Matrix, Shift};
 use oxiformers_kernels::{Form, PackedMatrix};
 
-use crate::codes::RegroupedMatrix;
 use crate::scheme::{Dense, Parts, Plan, Scheme};
 use crate::to_f32;
 
@@ -158,10 +157,6 @@ impl PackedMatrix for Int8Rows {
         self.codes.len() + 4 * self.largest.len()
     }
 
-    fn held_bytes(&self) -> usize {
-        Int8Matrix::bytes_of(self.shape, self.layout())
-    }
-
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {
         let cols = self.shape[1];
         let codes = &self.codes[rows.start * cols..rows.end * cols];
@@ -173,10 +168,6 @@ impl PackedMatrix for Int8Rows {
                 *dst = f32::from(code.cast_signed()) * largest * INVERSE;
             }
         }
-    }
-
-    fn regrouped(&self) -> Option<Arc<dyn PackedMatrix>> {
-        Some(Arc::new(RegroupedMatrix::new(self, "int8")))
     }
 
     fn form(&self) -> Form<'_> {

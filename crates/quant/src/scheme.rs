@@ -32,11 +32,6 @@ pub trait Scheme: Debug + Send + Sync {
     /// What is wrong with which tensor.
     fn load(&self, parts: &Parts, shape: [usize; 2]) -> Result<Arc<dyn PackedMatrix>, String>;
 
-    /// Whether the original library quantizes a matrix of this shape; it leaves others as they are.
-    fn takes(&self, _shape: [usize; 2]) -> bool {
-        true
-    }
-
     /// The tensors that a matrix `[out_features, in_features]` whose values are stored as `dtype` becomes, with endings
     /// as names.
     ///
@@ -53,12 +48,6 @@ pub trait Scheme: Debug + Send + Sync {
     /// What is done with the activations that a module is multiplied with.
     fn input(&self) -> Input {
         Input::default()
-    }
-
-    /// Whether training can compute with what this scheme leaves of a matrix, and pass gradients straight through to its
-    /// values.
-    fn is_trainable(&self) -> bool {
-        false
     }
 
     /// Pairs of endings of tensors that hold many matrices, one after the other in their first dimension, and the

@@ -6,10 +6,9 @@ use anyhow::{Context, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use oxiformers::Tokenizer;
 use oxiformers::hub::ModelFiles;
-use oxiformers::models::calibration::{self, Calibration, CalibrationError, ModuleReport, run, samples};
+use oxiformers::models::calibration::{Calibration, CalibrationError, ModuleReport, run, samples};
 use oxiformers::nn::TensorSource;
 use oxiformers::quant::Recipe;
-use oxiformers::quant::gguf::ImportanceMatrix;
 
 use crate::args::QuantizeArgs;
 use crate::interrupt;
@@ -33,10 +32,22 @@ impl Calibrated {
         output: &Path,
     ) -> anyhow::Result<Self> {
         let name = recipe.config.method();
-        let path = args.calibration.text.as_deref().ok_or_else(|| {
+        let options = &args.calibration;
+        let path = options.text.as_deref().ok_or_else(|| {
             anyhow!("{name} looks at what weights are multiplied with; give a text like those that the model will read, with --calibration FILE")
         })?;
-        let samples = samples_of(args, files, path)?;
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let ids = Tokenizer::from_files(files)?.encode(&text, false)?;
+        let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
+        let samples = samples(&ids, options.seq_len, options.num_samples)
+            .with_context(|| path.display().to_string())?;
+        eprintln!(
+            "{}: {} samples of {} tokens, of {} in all",
+            path.display(),
+            samples.len(),
+            options.seq_len,
+            ids.len()
+        );
         let folder = output
             .file_name()
             .ok_or_else(|| anyhow!("{}: is no name of a folder", output.display()))?;
@@ -82,42 +93,6 @@ impl Calibrated {
             eprintln!("{}: {error}; it can be removed", self.work.display());
         }
     }
-}
-
-/// Samples of the tokens of a text.
-fn samples_of(args: &QuantizeArgs, files: &ModelFiles, path: &Path) -> anyhow::Result<Vec<Vec<i32>>> {
-    let options = &args.calibration;
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    let ids = Tokenizer::from_files(files)?.encode(&text, false)?;
-    let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
-    let samples =
-        samples(&ids, options.seq_len, options.num_samples).with_context(|| path.display().to_string())?;
-    eprintln!(
-        "{}: {} samples of {} tokens, of {} in all",
-        path.display(),
-        samples.len(),
-        options.seq_len,
-        ids.len()
-    );
-    Ok(samples)
-}
-
-/// The importance matrix of a GGUF over a text.
-pub fn importance(args: &QuantizeArgs, files: &ModelFiles) -> anyhow::Result<ImportanceMatrix> {
-    let path = args.calibration.text.as_deref().unwrap_or(Path::new(""));
-    let samples = samples_of(args, files, path)?;
-    let bar = ProgressBar::new(samples.len() as u64);
-    if let Ok(style) = ProgressStyle::with_template("reading [{bar:30}] {pos}/{len} {eta}") {
-        bar.set_style(style.progress_chars("=> "));
-    }
-    interrupt::watch();
-    let done = calibration::importance(files, &samples, &path.display().to_string(), &mut |done| {
-        bar.set_position(done as u64);
-        !interrupt::happened()
-    });
-    bar.finish_and_clear();
-    interrupt::unwatch();
-    Ok(done?)
 }
 
 fn note(module: &ModuleReport) {

@@ -5,7 +5,6 @@ use super::codes::{Kind, Shape, WIDE};
 use super::kernel::{self, Few};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::tiles::{Tiled, tiled};
-use super::whole::{self, Whole};
 use super::wide::{self, Wide};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use crate::amx;
@@ -15,7 +14,6 @@ use crate::amx;
 pub(super) struct Kernels {
     pub few: Few,
     pub wide: Wide,
-    pub whole: Whole,
     /// Where the processor has matrix tiles.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub tiled: Option<Tiled>,
@@ -41,7 +39,6 @@ macro_rules! levels {
                     $($(#[$attribute])* Self::$level => Kernels {
                         few: kernel::$module::few::<K>(),
                         wide: wide::$module::wide::<K>(),
-                        whole: whole::$module::whole::<K>(),
                         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                         tiled: (self == Self::Amx).then(tiled::<K>),
                     },)*

@@ -20,11 +20,9 @@ mod codes;
 mod kernel;
 mod level;
 mod pack;
-mod rows;
 mod simd;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles;
-mod whole;
 mod wide;
 
 use codes::Plan;
@@ -32,9 +30,7 @@ pub use codes::{CodeLayout, CodeRows, Shift};
 use kernel::Few;
 use level::{KINDS, Kernels, Level};
 use pack::Scratch;
-pub use rows::Regrouped;
 use simd::Split;
-use whole::WholeActivations;
 use wide::{MANY, Unpacked, Wide};
 
 /// Rows of a tile.
@@ -132,12 +128,6 @@ impl Int8Matrix {
         matrix
     }
 
-    /// Bytes that a matrix of such codes will hold; 0 where there is none.
-    pub fn bytes_of([rows, cols]: [usize; 2], layout: CodeLayout) -> usize {
-        let tiles = rows.div_ceil(TILE);
-        Plan::new(layout, cols, KINDS).map_or(0, |plan| tiles * (plan.tile_bytes() + 4 * TILE))
-    }
-
     /// `[out_features, in_features]`.
     pub fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
@@ -184,9 +174,6 @@ const fn planes(bits: usize) -> [usize; 2] {
 
 /// The largest code of an activation.
 const LARGEST: f32 = 127.0 * 128.0;
-
-/// Adding this rounds to whole numbers, which then stand in the low bits.
-const ROUND: f32 = 12_582_912.0;
 
 /// Rows of activations, quantized for the kernels for few rows.
 struct Activations {
@@ -324,6 +311,8 @@ fn quantize_block(x: &[f32; BLOCK]) -> ([i32; BLOCK], f32) {
         return (whole, f32::NAN);
     }
     let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+    // Adding this rounds to whole numbers, which then stand in the low bits.
+    const ROUND: f32 = 12_582_912.0;
     // A plain loop: what a closure is given to would not be compiled for this processor.
     for (whole, x) in whole.iter_mut().zip(x) {
         *whole = ((x * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
@@ -467,58 +456,6 @@ pub fn matmul(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> 
         .collect()
 }
 
-/// [`matmul`] with activations that become whole numbers from -128 to 127 times a scale for each row: a 127th of its
-/// largest absolute value, which counts as 1e-5 at least (Ma et al., "The era of 1-bit LLMs", 2024).
-///
-/// Where rows of weights have one scale each, sums are exact.
-///
-/// # Panics
-/// Where sizes do not fit.
-pub fn matmul_whole(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> {
-    let rows = x.len() / cols.max(1);
-    let fit = weights.iter().all(|weight| weight.cols == cols);
-    assert!(fit, "columns of activations and weights");
-    let plain = |weight: &&Int8Matrix| weight.gather.is_none() && weight.plan.is_whole();
-    let tiles = match weights.first() {
-        Some(weight) if weights.iter().all(plain) && !has_matrix_tiles(weight.kernels, rows) => {
-            let x = &*weight.arrange(x);
-            let x = WholeActivations::quantize(x, weight.plan.blocks * BLOCK, weight.kernels.whole);
-            let tiles = Tiles::new(weights, rows);
-            // SAFETY: the kernel was chosen for this processor and the kind of codes, which is one that it takes; the
-            // rest as for few rows.
-            each_tile(&tiles, rows, |tile| unsafe {
-                (tile.weight.kernels.whole.multiply)(&tile, &x);
-            });
-            tiles
-        }
-        _ => return matmul_of_whole(x, cols, weights),
-    };
-    // SAFETY: the kernels have multiplied all tiles with all rows.
-    tiles
-        .parts
-        .into_iter()
-        .map(|part| unsafe { part.1.done() })
-        .collect()
-}
-
-/// [`matmul_whole`] by way of [`matmul`].
-fn matmul_of_whole(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> {
-    let (mut codes, mut scales) = (vec![0; cols], Vec::new());
-    let mut whole = Vec::with_capacity(x.len());
-    for x in x.chunks_exact(cols.max(1)) {
-        let (_, scale) = pulp::Arch::new().dispatch(|| whole::quantize_row(x, &mut codes));
-        whole.extend(codes.iter().map(|code| f32::from(*code)));
-        scales.push(scale);
-    }
-    let mut outs = matmul(&whole, cols, weights);
-    for (out, weight) in outs.iter_mut().zip(weights) {
-        for (out, scale) in out.chunks_exact_mut(weight.rows.max(1)).zip(&scales) {
-            out.iter_mut().for_each(|value| *value *= scale);
-        }
-    }
-    outs
-}
-
 /// A tile of several matrices, and where its results go.
 struct Tile<'a> {
     weight: &'a Int8Matrix,
@@ -564,24 +501,16 @@ impl<'a> Tiles<'a> {
 }
 
 fn few_rows(x: &Activations, tiles: &Tiles) {
-    // SAFETY: the kernel was chosen for this processor and the kind of codes; the tile has all its blocks, sizes were
-    // checked by `matmul`, and no other task writes these columns.
-    each_tile(tiles, x.rows, |tile| unsafe {
-        (tile.weight.kernels.few.multiply)(&tile, x);
-    });
-}
-
-/// Calls `multiply` for each tile once, on all threads, for products with so many rows.
-fn each_tile(tiles: &Tiles, rows: usize, multiply: impl Fn(Tile) + Sync) {
     // A few kilobytes of weights at least, which take about a microsecond to read.
     let tile_bytes = tiles.parts.first().map_or(1, |(w, ..)| w.plan.tile_bytes());
-    let least = 16 * 1024 / (tile_bytes * rows.max(1)).max(1);
+    let least = 16 * 1024 / (tile_bytes * x.rows.max(1)).max(1);
     let (count, size) = pieces(tiles.count, least.max(1));
     for_each(count, |piece| {
         for tile in piece * size..tiles.count.min((piece + 1) * size) {
-            if let Some(tile) = tiles.get(tile) {
-                multiply(tile);
-            }
+            let Some(tile) = tiles.get(tile) else { continue };
+            // SAFETY: the kernel was chosen for this processor and the kind of codes; the tile has all its blocks, sizes
+            // were checked by `matmul`, and no other task writes these columns.
+            unsafe { (tile.weight.kernels.few.multiply)(&tile, x) };
         }
     });
 }
@@ -623,7 +552,7 @@ fn by_matrix_tiles(x: &[f32], cols: usize, kernels: Kernels, tiles: &Tiles) -> b
     use crate::amx::Shapes;
     use tiles::TiledActivations;
 
-    if cols == 0 || !has_matrix_tiles(kernels, x.len() / cols) {
+    if kernels.tiled.is_none() || x.len() < tiles::MANY * cols || cols == 0 {
         return false;
     }
     let x = TiledActivations::split(x, cols);
@@ -661,17 +590,6 @@ fn by_matrix_tiles(x: &[f32], cols: usize, kernels: Kernels, tiles: &Tiles) -> b
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 fn by_matrix_tiles(_: &[f32], _: usize, _: Kernels, _: &Tiles) -> bool {
-    false
-}
-
-/// Whether there are matrix tiles, and rows enough for them.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-fn has_matrix_tiles(kernels: Kernels, rows: usize) -> bool {
-    kernels.tiled.is_some() && rows >= tiles::MANY
-}
-
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-fn has_matrix_tiles(_: Kernels, _: usize) -> bool {
     false
 }
 
@@ -973,147 +891,6 @@ mod tests {
                         }
                     }
                 }
-            }
-        }
-    }
-
-    /// Products with whole numbers are exact but for the rounding of f32, on all instruction sets.
-    #[test]
-    fn products_of_whole_activations_equal_the_reference() {
-        for (bits, offset) in [(2, 1), (4, 8), (8, 128), (3, 4)] {
-            for cols in [32, 40, 288, 640] {
-                let rows = 37;
-                let layout = CodeLayout {
-                    bits,
-                    group: if bits == 3 { 32 } else { usize::MAX },
-                    shift: Shift::Offset(offset),
-                    table: None,
-                };
-                let codes = RandomCodes {
-                    shape: [rows, cols],
-                    layout,
-                    permutation: None,
-                };
-                let values = codes.values();
-                for batch in [1, 2, 3, 7, 8, 15, 33] {
-                    let x: Vec<f32> = noise(9)
-                        .map(|n| (n >> 8) as f32 / 8e6 - 1.0)
-                        .take(batch * cols)
-                        .collect();
-                    let mut whole = Vec::new();
-                    for x in x.chunks_exact(cols) {
-                        let scale = 127.0 / x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-                        whole.extend(
-                            x.iter()
-                                .map(|x| f64::from((x * scale).round_ties_even()) / f64::from(scale)),
-                        );
-                    }
-                    for level in Level::here() {
-                        let matrix = Int8Matrix::at(level, &codes);
-                        let outs = matmul_whole(&x, cols, &[&matrix, &matrix]);
-                        assert_eq!(outs[0], outs[1]);
-                        for (index, found) in outs[0].iter().enumerate() {
-                            let (x, w) = (&whole[index / rows * cols..], &values[index % rows * cols..]);
-                            let products = x.iter().zip(w).take(cols).map(|(x, w)| x * w);
-                            let (sum, size) =
-                                products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
-                            // Scales of short groups are half floats, and their activations have 15 bits.
-                            let limit = if bits == 3 { 1e-3 } else { 1e-6 };
-                            assert!(
-                                (f64::from(*found) - sum).abs() <= limit * size,
-                                "{level:?} {layout:?}, {cols} columns, batch {batch}: {found} instead of {sum}"
-                            );
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn whole_activations_that_are_no_numbers_stay_visible() {
-        let layout = CodeLayout {
-            bits: 2,
-            group: usize::MAX,
-            shift: Shift::Offset(1),
-            table: None,
-        };
-        let codes = RandomCodes {
-            shape: [8, 64],
-            layout,
-            permutation: None,
-        };
-        let matrix = Int8Matrix::from_codes(&codes);
-        for bad in [f32::NAN, f32::INFINITY] {
-            for rows in [2, 40] {
-                let mut x = vec![1.0; 64 * rows];
-                x[70] = bad;
-                for (index, y) in matmul_whole(&x, 64, &[&matrix])[0].iter().enumerate() {
-                    assert_eq!(y.is_nan(), index / 8 == 1);
-                }
-            }
-        }
-        assert!(
-            matmul_whole(&[0.0; 64], 64, &[&matrix])[0]
-                .iter()
-                .all(|y| *y == 0.0)
-        );
-    }
-
-    /// What was regrouped has the same codes, and scales as far as half floats have them.
-    #[test]
-    fn rows_come_back() {
-        static TABLE: [f32; 16] = [
-            -1.0, -0.75, -0.525, -0.395, -0.25, -0.1875, -0.091, 0.0, 0.08, 0.161, 0.246, 0.338, 0.44, 0.563,
-            0.723, 1.0,
-        ];
-        let shifts = [Shift::Offset(3), Shift::Zeros, Shift::Mins];
-        let kinds = (1..=8).flat_map(|bits| shifts.map(|shift| (bits, shift, None)));
-        for (bits, shift, table) in kinds.chain([(4, Shift::Offset(0), Some(&TABLE))]) {
-            for (cols, group) in [
-                (288, 16),
-                (288, 32),
-                (288, 64),
-                (300, 100),
-                (72, usize::MAX),
-                (288, 128),
-            ] {
-                let layout = CodeLayout {
-                    bits,
-                    group,
-                    shift,
-                    table,
-                };
-                let turned = (0..cols as u32).map(|column| (7 * column + 3) % cols as u32);
-                let codes = RandomCodes {
-                    shape: [37, cols],
-                    layout,
-                    permutation: (group == 128).then(|| turned.collect()),
-                };
-                let back = Regrouped::new(&codes);
-                assert_eq!((back.shape(), back.layout()), (codes.shape(), codes.layout()));
-                assert_eq!(back.permutation(), codes.permutation());
-                let groups = layout.groups(cols);
-                let read = |rows: &dyn CodeRows| {
-                    let (mut codes, mut scales) = (vec![0; 9 * cols], vec![0.0; 9 * groups]);
-                    let mut shifts = vec![0.0; if layout.has_shifts() { 9 * groups } else { 0 }];
-                    rows.unpack(13..22, &mut codes, &mut scales, &mut shifts);
-                    (codes, scales, shifts)
-                };
-                let (expected, found) = (read(&codes), read(&back));
-                assert!(expected.0 == found.0, "{layout:?}");
-                for (a, b) in [(&expected.1, &found.1), (&expected.2, &found.2)] {
-                    assert_eq!(a.len(), b.len());
-                    let wide = group % 32 == 0 && group != 32 || group == usize::MAX;
-                    let limit = if wide { 0.0 } else { 1e-3 };
-                    let close = a.iter().zip(b).all(|(a, b)| (a - b).abs() <= limit * a.abs());
-                    assert!(close, "{layout:?} {a:?} {b:?}");
-                }
-                let held = Int8Matrix::bytes_of(codes.shape(), layout);
-                assert!(
-                    back.int8().num_bytes().abs_diff(held) < 64 + 4 * 2 * cols,
-                    "{layout:?}"
-                );
             }
         }
     }

@@ -47,17 +47,6 @@ pub(super) trait Simd: Copy {
     ) {
         unsafe { dots_of_words::<Self, M>(low, w, from) }
     }
-    /// [`dots`](Self::dots) with codes of 8 bits: of bytes there are four and not two times four. Four bytes after them may
-    /// be read, too.
-    #[inline(always)]
-    unsafe fn dots_whole<const M: usize>(
-        sums: &mut [Self::Int; M],
-        w: Self::Int,
-        from: *const i8,
-        _full: bool,
-    ) {
-        unsafe { dots_of_words::<Self, M>(sums, w, from) }
-    }
     /// Writes unsigned bytes less `offset`, as [`dots_unpacked`](Self::dots_unpacked) reads them.
     #[inline(always)]
     unsafe fn unpack(w: Self::Int, offset: i32, to: *mut u8) {
@@ -84,8 +73,6 @@ pub(super) trait Simd: Copy {
     unsafe fn store_int(v: Self::Int, to: *mut u8);
     /// `128 · high + low`, lane by lane.
     unsafe fn join_sums(high: Self::Int, low: Self::Int) -> Self::Int;
-    /// `a + b`, lane by lane.
-    unsafe fn add_sums(a: Self::Int, b: Self::Int) -> Self::Int;
 
     unsafe fn zero() -> Self::Float;
     unsafe fn to_float(v: Self::Int) -> Self::Float;
@@ -238,17 +225,6 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn dots_whole<const M: usize>(
-            sums: &mut [__m512i; M],
-            w: __m512i,
-            from: *const i8,
-            _full: bool,
-        ) {
-            for (m, sum) in sums.iter_mut().enumerate() {
-                *sum = unsafe { dot(*sum, w, from.add(4 * m)) };
-            }
-        }
-        #[inline(always)]
         unsafe fn widen(v: __m512i) -> (__m512i, __m512i) {
             unsafe {
                 let even = _mm512_and_si512(v, _mm512_set1_epi16(0xFF));
@@ -272,10 +248,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn join_sums(high: __m512i, low: __m512i) -> __m512i {
             unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
-        }
-        #[inline(always)]
-        unsafe fn add_sums(a: __m512i, b: __m512i) -> __m512i {
-            unsafe { _mm512_add_epi32(a, b) }
         }
         #[inline(always)]
         unsafe fn zero() -> __m512 {
@@ -413,23 +385,6 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn dots_whole<const M: usize>(
-            sums: &mut [[__m256i; 2]; M],
-            w: [__m256i; 2],
-            from: *const i8,
-            full: bool,
-        ) {
-            unsafe {
-                let dot = if full { dot_full } else { dot_half };
-                for (m, sum) in sums.iter_mut().enumerate() {
-                    let four = from.add(4 * m).cast::<i32>().read_unaligned();
-                    for (sum, w) in sum.iter_mut().zip(w) {
-                        *sum = dot(*sum, w, four);
-                    }
-                }
-            }
-        }
-        #[inline(always)]
         unsafe fn widen(v: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
             unsafe {
                 let low = _mm256_set1_epi16(0xFF);
@@ -464,10 +419,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn join_sums(high: [__m256i; 2], low: [__m256i; 2]) -> [__m256i; 2] {
             unsafe { both!(|high, low| _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low)) }
-        }
-        #[inline(always)]
-        unsafe fn add_sums(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
-            unsafe { both!(|a, b| _mm256_add_epi32(a, b)) }
         }
         #[inline(always)]
         unsafe fn zero() -> [__m256; 2] {

@@ -21,12 +21,10 @@ use crate::{AutoConfig, Error, gguf};
 
 mod awq;
 mod gptq;
-mod importance;
 mod inputs;
 mod overlay;
 mod run;
 
-pub use importance::importance;
 use inputs::Inputs;
 use overlay::Overlay;
 pub use run::run;
@@ -106,7 +104,7 @@ pub struct LayerResult {
 pub struct Calibration {
     model: String,
     config: AutoConfig,
-    recipe: Recipe,
+    method: QuantizationConfig,
     overlay: Overlay,
     /// Where the base model stands in the names of the checkpoint.
     base: &'static str,
@@ -139,7 +137,7 @@ impl Calibration {
         if let Some(stored) = &config.quantization {
             let reason = format!(
                 "is quantized already, with {}; begin with the original",
-                stored.config.method()
+                stored.method()
             );
             return Err(CalibrationError::Module {
                 model,
@@ -150,7 +148,7 @@ impl Calibration {
         let mut calibration = Self {
             model,
             config,
-            recipe: recipe.clone(),
+            method: recipe.config.clone(),
             overlay: Overlay::new(source),
             base,
             matrices: BTreeMap::new(),
@@ -198,7 +196,7 @@ impl Calibration {
             observer,
             ..LoadOptions::default()
         };
-        let weights = Weights::new(self.overlay.clone(), self.base, options).stored_as(Some(&self.recipe));
+        let weights = Weights::new(self.overlay.clone(), self.base, options).stored_as(Some(&self.method));
         Ok(self
             .config
             .architecture
@@ -235,7 +233,7 @@ impl Calibration {
         };
         tell(0.0)?;
         let before = self.overlay.snapshot();
-        let result = match &self.recipe.config {
+        let result = match &self.method {
             QuantizationConfig::Gptq(config) => gptq::layer(self, config, &mut tell),
             QuantizationConfig::Awq(config) => awq::layer(self, config, &mut tell),
             other => Err(CalibrationError::Method(other.method())),

@@ -178,13 +178,6 @@ impl ChatTemplate {
         self.sources.keys().map(String::as_str)
     }
 
-    /// Names and Jinja sources of the templates.
-    pub fn sources(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.sources
-            .iter()
-            .map(|(name, source)| (name.as_str(), source.as_str()))
-    }
-
     /// The special tokens that templates see.
     pub fn special_tokens(&self) -> &Map<String, Value> {
         &self.special_tokens

@@ -163,20 +163,13 @@ pub(super) fn order(a: &TensorInfo, b: &TensorInfo) -> Ordering {
     (layer(&a.name), &a.name).cmp(&(layer(&b.name), &b.name))
 }
 
-/// Each tensor's type in a file of the type `ty`; the tensors are those of a whole model, in [order]. `importance` says
-/// whether there is an importance matrix.
-pub(super) fn types(
-    ty: FileType,
-    metadata: &Metadata,
-    tensors: &[&TensorInfo],
-    importance: bool,
-) -> Vec<DType> {
+/// Each tensor's type in a file of the type `ty`; the tensors are those of a whole model, in [order].
+pub(super) fn types(ty: FileType, metadata: &Metadata, tensors: &[&TensorInfo]) -> Vec<DType> {
     let DType::Ggml(base) = ty.base() else {
         let plain = |info: &&TensorInfo| if narrows(info) { ty.base() } else { info.dtype };
         return tensors.iter().map(plain).collect();
     };
     let mut choice = Choice::new(ty, base, metadata, tensors);
-    choice.importance = importance;
     let choose = |info: &&TensorInfo| {
         if narrows(info) {
             fitting(choice.of(info), info.shape.last().copied().unwrap_or(0))
@@ -221,8 +214,6 @@ struct Choice {
     /// Tensors that make values, all and so far.
     values: (usize, usize),
     down: usize,
-    /// Whether there is an importance matrix.
-    importance: bool,
 }
 
 impl Choice {
@@ -254,7 +245,6 @@ impl Choice {
                 0,
             ),
             down: 0,
-            importance: false,
         }
     }
 
@@ -344,9 +334,7 @@ impl Choice {
             F::Q4_K_M if self.falcon && index < layers / 16 => Q6_K,
             F::Q4_K_M if self.falcon && more => Q5_K,
             F::Q4_K_M | F::Q5_K_M if more && !(self.falcon && self.ty == F::Q4_K_M) => Q6_K,
-            F::IQ4_NL | F::IQ4_XS if index < layers / 8 && !self.importance => Q5_K,
-            F::Q4_0 if index < layers / 8 && self.importance => Q4_1,
-            F::Q5_0 if index < layers / 8 && self.importance => Q5_1,
+            F::IQ4_NL | F::IQ4_XS if index < layers / 8 => Q5_K,
             F::Q4_K_S if !self.falcon && index < layers / 8 => Q5_K,
             _ => self.base,
         }

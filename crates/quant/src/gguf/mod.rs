@@ -7,10 +7,8 @@ use oxiformers_hub::checkpoint::gguf::{Pairs, write};
 use oxiformers_hub::checkpoint::{Checkpoint, DType, TensorInfo, TensorView};
 use oxiformers_kernels::ggml::{self, QuantizeError};
 
-mod imatrix;
 mod mixture;
 
-pub use imatrix::ImportanceMatrix;
 pub use mixture::FileType;
 
 /// What keeps a file from being written.
@@ -32,14 +30,6 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// An importance matrix cannot be used.
-    #[error("{origin}: {reason}")]
-    Importance {
-        /// Where it comes from.
-        origin: String,
-        /// What is wrong with it.
-        reason: String,
-    },
     /// It was asked to end.
     #[error("interrupted; nothing was written")]
     Interrupted,
@@ -50,27 +40,21 @@ pub struct Plan {
     checkpoint: Checkpoint,
     pairs: Pairs,
     tensors: Vec<TensorInfo>,
-    importance: Option<ImportanceMatrix>,
 }
 
 impl Plan {
     /// Plans a file of the type `ty` with the tensors of a GGUF; `overrides` are pairs of a part of a name and the
-    /// type that tensors with it get instead. Where there is an importance matrix, errors count by it.
+    /// type that tensors with it get instead.
     ///
     /// # Errors
-    /// Where the checkpoint is no GGUF, or the importance matrix is that of another.
-    pub fn new(
-        checkpoint: Checkpoint,
-        ty: FileType,
-        overrides: &[(String, DType)],
-        importance: Option<ImportanceMatrix>,
-    ) -> Result<Self, Error> {
+    /// Where the checkpoint is no GGUF.
+    pub fn new(checkpoint: Checkpoint, ty: FileType, overrides: &[(String, DType)]) -> Result<Self, Error> {
         let Some(metadata) = checkpoint.gguf() else {
             return Err(Error::NoGguf(checkpoint.name().to_string()));
         };
         let mut infos: Vec<&TensorInfo> = checkpoint.tensors().collect();
         infos.sort_by(|a, b| mixture::order(a, b));
-        let types = mixture::types(ty, metadata, &infos, importance.is_some());
+        let types = mixture::types(ty, metadata, &infos);
         let mut tensors = Vec::with_capacity(infos.len());
         for (info, chosen) in infos.into_iter().zip(types) {
             let other = overrides
@@ -85,9 +69,6 @@ impl Plan {
                 );
                 return Err(Error::tensor(&checkpoint, &info.name, reason));
             }
-            if let Some(importance) = &importance {
-                importance.get(&info.name, &info.shape)?;
-            }
             tensors.push(TensorInfo {
                 dtype,
                 ..info.clone()
@@ -100,21 +81,10 @@ impl Plan {
         for key in ["split.no", "split.count", "split.tensors.count"] {
             pairs.remove(key);
         }
-        if let Some(importance) = &importance {
-            pairs.set("quantize.imatrix.file", importance.origin());
-            pairs.set("quantize.imatrix.entries_count", importance.len() as u32);
-            if let Some(dataset) = importance.dataset() {
-                pairs.set("quantize.imatrix.dataset", dataset);
-            }
-            if let Some(chunks) = importance.chunks() {
-                pairs.set("quantize.imatrix.chunks_count", chunks);
-            }
-        }
         Ok(Self {
             checkpoint,
             pairs,
             tensors,
-            importance,
         })
     }
 
@@ -155,11 +125,7 @@ impl Plan {
             if view.dtype == info.dtype {
                 put(&view.data)?;
             } else {
-                let importance = match &self.importance {
-                    Some(importance) => importance.get(&info.name, &info.shape)?,
-                    None => None,
-                };
-                narrow(&view, info.dtype, importance, &failed, &mut put)?;
+                narrow(&view, info.dtype, &failed, &mut put)?;
             }
             oxiformers_hub::release(&view.data);
             Ok(())
@@ -180,11 +146,10 @@ impl Error {
 /// Values of a piece that is narrowed at a time.
 const PIECE: usize = 1 << 22;
 
-/// Narrows rows, many at a time. `importance` has the columns of each matrix of several that are stored together.
+/// Narrows rows, many at a time.
 fn narrow(
     view: &TensorView,
     dtype: DType,
-    importance: Option<&[f32]>,
     failed: &dyn Fn(String) -> Error,
     put: &mut dyn FnMut(&[u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
@@ -197,27 +162,15 @@ fn narrow(
     let matrix = crate::pack(&matrix)
         .ok_or_else(|| failed(format!("{} cannot be read as numbers", view.dtype.name())))?;
     let step = (PIECE / columns.max(1)).max(1);
-    // Pieces end where a matrix ends.
-    let matrices = importance
-        .map_or(1, |importance| importance.len() / columns.max(1))
-        .max(1);
-    let whole = (rows / matrices).max(1);
-    let pieces = (0..rows).step_by(whole).flat_map(|first| {
-        let end = rows.min(first + whole);
-        (first..end)
-            .step_by(step)
-            .map(move |first| first..end.min(first + step))
-    });
     let (mut values, mut bytes) = (Vec::new(), Vec::new());
-    for part in pieces {
-        let first = part.start;
-        let importance = importance.and_then(|all| all.get(first / whole * columns..)?.get(..columns));
+    for first in (0..rows).step_by(step) {
+        let part = first..rows.min(first + step);
         values.resize(part.len() * columns, 0.0);
         matrix.dequantize_rows(part, &mut values);
         match dtype {
             DType::Ggml(ty) => {
                 bytes.resize(values.len() / ty.block_size() * ty.type_size(), 0);
-                let done = ggml::quantize(ty, &values, columns, importance, &mut bytes);
+                let done = ggml::quantize(ty, &values, columns, None, &mut bytes);
                 done.map_err(|error: QuantizeError| failed(error.below(first).to_string()))?;
             }
             DType::F32 => store(&values, &mut bytes, f32::to_le_bytes),

@@ -82,28 +82,6 @@ impl<const DOTS: bool> Simd for Armv8<DOTS> {
         }
     }
     #[inline(always)]
-    unsafe fn dots_whole<const M: usize>(
-        sums: &mut [[uint8x16_t; 4]; M],
-        w: [uint8x16_t; 4],
-        from: *const i8,
-        full: bool,
-    ) {
-        let signed = quarters!(|i| veorq_u8(w[i], vdupq_n_u8(0x80)));
-        let bytes = if full { signed } else { w };
-        unsafe {
-            if !DOTS {
-                return dots_of_words::<Self, M>(sums, w, from);
-            }
-            for (index, sums) in sums.iter_mut().enumerate() {
-                let pair = vld1_u8(from.cast::<u8>().add(index / 2 * 8));
-                *sums = match index % 2 {
-                    0 => dot::<0>(*sums, bytes, pair),
-                    _ => dot::<1>(*sums, bytes, pair),
-                };
-            }
-        }
-    }
-    #[inline(always)]
     unsafe fn unpack(w: [uint8x16_t; 4], offset: i32, to: *mut u8) {
         let signed = quarters!(|i| vsubq_u8(w[i], vdupq_n_u8(offset as u8)));
         unsafe {
@@ -176,13 +154,6 @@ impl<const DOTS: bool> Simd for Armv8<DOTS> {
         quarters!(|i| {
             let high = vshlq_n_s32::<7>(vreinterpretq_s32_u8(high[i]));
             vreinterpretq_u8_s32(vaddq_s32(high, vreinterpretq_s32_u8(low[i])))
-        })
-    }
-    #[inline(always)]
-    unsafe fn add_sums(a: [uint8x16_t; 4], b: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
-        quarters!(|i| {
-            let (a, b) = (vreinterpretq_s32_u8(a[i]), vreinterpretq_s32_u8(b[i]));
-            vreinterpretq_u8_s32(vaddq_s32(a, b))
         })
     }
     #[inline(always)]

@@ -75,10 +75,6 @@ impl Simd for Scalar {
         from_fn(|lane| (high[lane] << 7).wrapping_add(low[lane]))
     }
     #[inline(always)]
-    unsafe fn add_sums(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        from_fn(|lane| a[lane].wrapping_add(b[lane]))
-    }
-    #[inline(always)]
     unsafe fn zero() -> [f32; 16] {
         [0.0; 16]
     }

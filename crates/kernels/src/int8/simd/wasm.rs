@@ -68,10 +68,6 @@ impl Simd for Simd128 {
         quarters!(|i| i32x4_add(i32x4_shl(high[i], 7), low[i]))
     }
     #[inline(always)]
-    unsafe fn add_sums(a: [v128; 4], b: [v128; 4]) -> [v128; 4] {
-        quarters!(|i| i32x4_add(a[i], b[i]))
-    }
-    #[inline(always)]
     unsafe fn zero() -> [v128; 4] {
         [f32x4_splat(0.0); 4]
     }
