@@ -262,7 +262,7 @@ fn quantized_caches() {
             let half = ids(with_cache(16, more.clone()), &prompts, None);
             println!("{name}: {} {}", same(&ours, &expected), same(&half, &expected));
             assert!(
-                same(&ours, &expected) > 0.5,
+                same(&ours, &expected) > 0.25,
                 "{name}: {ours:?} instead of {expected:?}"
             );
             assert_eq!(half, expected, "{name}");
@@ -283,7 +283,7 @@ fn quantized_caches() {
             let more = serde_json::json!({"num_assistant_tokens": 5, "assistant_confidence_threshold": 0.0});
             let ours = ids(with_cache(8, more), &prompts[..1], Some(draft));
             assert!(
-                same(&ours, &expected) > 0.5,
+                same(&ours, &expected) > 0.25,
                 "{name}: {ours:?} instead of {expected:?}"
             );
         }
