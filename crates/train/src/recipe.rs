@@ -37,7 +37,7 @@ use crate::adapter::{self, AdapterSaver};
 use crate::arguments::SaveDtype;
 use crate::tasks::{CausalLanguageModeling, Seq2SeqLanguageModeling, TextTask, TrainedHead};
 use crate::{
-    Callback, Error, ModelSaver, Plan, Result, Task, TrainOutput, Trained, Trainer, TrainingArguments,
+    Callback, Error, ModelSaver, Plan, Result, Saver, Task, TrainOutput, Trained, Trainer, TrainingArguments,
 };
 
 /// What is learned, by the names of recipes.
@@ -748,22 +748,22 @@ impl Build<'_> {
         task: T,
         model: T::Model,
         parameters: Arc<Parameters>,
+        adapter: Option<Arc<Adapter>>,
     ) -> Result<Box<dyn Job>> {
-        let saver = ModelSaver {
-            config: self.config.json.clone(),
-            files: Some(self.of_tokenizer.clone()),
-            dtype: match self.arguments.save_dtype {
-                SaveDtype::Float32 => DType::F32,
-                SaveDtype::Bfloat16 => DType::BF16,
-                SaveDtype::Float16 => DType::F16,
-            },
-        };
         let saver: Box<dyn Saver> = match adapter {
             Some(adapter) => Box::new(AdapterSaver {
                 adapter,
                 files: self.of_tokenizer,
             }),
-            None => Box::new(whole),
+            None => Box::new(ModelSaver {
+                config: self.config.json,
+                files: Some(self.of_tokenizer),
+                dtype: match self.arguments.save_dtype {
+                    SaveDtype::Float32 => DType::F32,
+                    SaveDtype::Bfloat16 => DType::BF16,
+                    SaveDtype::Float16 => DType::F16,
+                },
+            }),
         };
         let trained = Trained {
             model,
