@@ -57,7 +57,7 @@ pub fn merge(
         return Err(Error::Refused(format!(
             "{}: is quantized with {}; merge into the model that it was made of, and quantize that",
             files.name(),
-            stored.method()
+            stored.config.method()
         )));
     }
     let model = files.name().to_string();
