@@ -176,13 +176,21 @@ impl AutoModelForCausalLM {
 /// The parameters of a checkpoint.
 pub(crate) fn stored(config: &AutoConfig, checkpoint: Checkpoint, options: &LoadOptions) -> Weights {
     let weights = Weights::new(checkpoint, config.architecture.base(), options.clone());
+    let weights = weights.initialized_with(initializer_range(config));
     weights.stored_as(config.quantization.as_ref())
+}
+
+/// Standard deviation of what is initialized.
+fn initializer_range(config: &AutoConfig) -> f64 {
+    let range = ["initializer_range", "init_std"]
+        .iter()
+        .find_map(|name| config.json.get(*name)?.as_f64());
+    range.unwrap_or(0.02)
 }
 
 /// Fresh parameters.
 pub(crate) fn fresh(config: &AutoConfig, options: &LoadOptions) -> Weights {
-    let range = config.json.get("initializer_range").and_then(Value::as_f64);
-    Weights::init(options.clone(), range.unwrap_or(0.02))
+    Weights::init(options.clone(), initializer_range(config))
 }
 
 /// Builds a model, and checks that nothing is left over.

@@ -94,7 +94,8 @@ impl Architecture for Config {
             let at = w.pp("self_attn");
             let mut self_attn = Attention::load(&at, attention.clone())?;
             if self.use_qk_norm {
-                let norm = |name, heads| PerHeadNorm::load_layer_norm(&at.pp(name), heads, head_dim, eps);
+                let norm =
+                    |name, heads| PerHeadNorm::load_layer_norm(&at.pp(name), heads, head_dim, eps, false);
                 let norms = [norm("q_norm", heads)?, norm("k_norm", kv_heads)?];
                 self_attn = self_attn.with_qk_norm(QkNorm::HeadWeights(norms));
             }

@@ -98,7 +98,8 @@ impl Architecture for Config {
             let at = w.pp("self_attn");
             let mut self_attn = Attention::load(&at, attention.clone())?;
             if self.qk_layernorm {
-                let norm = |name, heads| PerHeadNorm::load_layer_norm(&at.pp(name), heads, head_dim, eps);
+                let norm =
+                    |name, heads| PerHeadNorm::load_layer_norm(&at.pp(name), heads, head_dim, eps, true);
                 let norms = [norm("q_layernorm", heads)?, norm("k_layernorm", kv_heads)?];
                 self_attn = self_attn.with_qk_norm(QkNorm::HeadWeights(norms));
             }

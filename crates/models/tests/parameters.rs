@@ -93,6 +93,7 @@ fn check_tensors(name: &str, parameters: &Parameters, values: &Values, files: &M
             || name.ends_with("inv_freq")
             || name.ends_with("attn.bias")
             || name.ends_with("masked_bias")
+            || name.ends_with(".version")
     };
     let missing: Vec<_> = missing.into_iter().filter(|name| !dropped(name)).collect();
     assert!(missing.is_empty(), "{name}: {missing:?}");

@@ -107,10 +107,16 @@ pub struct PerHeadNorm {
 
 impl PerHeadNorm {
     /// Layer norm without bias over each head, with `weight` `[heads, head_dim]`, or `norms.0.weight` and so on
-    /// `[head_dim]` where each head's is stored apart.
-    pub fn load_layer_norm(w: &Weights, heads: usize, head_dim: usize, eps: f64) -> Result<Self> {
+    /// `[head_dim]` where each head's is stored `apart`.
+    pub fn load_layer_norm(
+        w: &Weights,
+        heads: usize,
+        head_dim: usize,
+        eps: f64,
+        apart: bool,
+    ) -> Result<Self> {
         let w = w.with_kind(Kind::LayerNorm);
-        let weights = if w.contains("norms.0.weight") {
+        let weights = if w.is_stored("norms.0.weight") || (apart && !w.is_stored("weight")) {
             let one = |head| {
                 let name = format!("norms.{head}.weight");
                 let slot = Slot {

@@ -182,6 +182,15 @@ impl Weights {
         Self::build(None, "", options, initializer_range)
     }
 
+    /// The same checkpoint, whose new heads have this standard deviation.
+    #[must_use]
+    pub fn initialized_with(mut self, initializer_range: f64) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.initializer_range = initializer_range;
+        }
+        self
+    }
+
     /// The same checkpoint, whose modules are stored as its configuration says.
     #[must_use]
     pub fn stored_as(mut self, recipe: Option<&Recipe>) -> Self {

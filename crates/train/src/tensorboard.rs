@@ -115,10 +115,9 @@ impl Callback for TensorBoard {
         let Event::Log(log) = event else { return Ok(()) };
         let value = |(name, value): (&String, &serde_json::Value)| {
             // The names that Transformers' callback gives them.
-            let tag = match (name.strip_prefix("eval_"), name.strip_prefix("train_")) {
-                (Some(name), _) => format!("eval/{name}"),
-                (None, Some(name)) => format!("train/{name}"),
-                _ => format!("train/{name}"),
+            let tag = match name.strip_prefix("eval_") {
+                Some(name) => format!("eval/{name}"),
+                None => format!("train/{name}"),
             };
             Some(SummaryValue {
                 tag,

@@ -316,7 +316,7 @@ impl<T: Task> Trainer<T> {
             self.state.global_step += 1;
             self.state.epoch = self.state.global_step as f64 / plan.steps_per_epoch as f64;
             self.state.num_input_tokens_seen += done.tokens;
-            self.state.loss_since_log += done.loss;
+            self.state.loss_since_log = written(self.state.loss_since_log + done.loss);
             self.state.steps_since_log += 1;
             total_loss += done.loss;
             self.emit(&Event::Step {
@@ -734,6 +734,11 @@ impl<T: Task> Trainer<T> {
 
     /// Adds a log to the history, with the step and the epoch, and tells everybody.
     fn log(&mut self, mut log: Map<String, Value>) -> Result<()> {
+        for value in log.values_mut() {
+            if let Some(number) = value.as_f64().filter(|_| value.is_f64()) {
+                *value = json!(written(number));
+            }
+        }
         log.insert("epoch".to_string(), json!(self.state.epoch));
         log.insert("step".to_string(), json!(self.state.global_step));
         self.state.log_history.push(log.clone());
@@ -751,7 +756,7 @@ impl<T: Task> Trainer<T> {
     async fn evaluate_and_judge(&mut self, schedule: &mut Schedule) -> Result<(bool, bool)> {
         let log = self.evaluate().await?;
         let name = self.arguments.best_metric();
-        let metric = log.get(&name).and_then(Value::as_f64);
+        let metric = log.get(&name).and_then(Value::as_f64).map(written);
         let known: Vec<String> = log.keys().cloned().collect();
         self.log(log)?;
         let chooses = self.arguments.load_best_model_at_end
@@ -950,6 +955,11 @@ impl<T: Task> Trainer<T> {
             SchedulerType::ReduceLrOnPlateau | SchedulerType::Greedy
         )
     }
+}
+
+/// A number with as many digits as are read back from a file as they were written: 15.
+fn written(number: f64) -> f64 {
+    format!("{number:.14e}").parse().unwrap_or(number)
 }
 
 /// Examples by their numbers.
