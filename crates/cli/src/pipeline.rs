@@ -60,8 +60,8 @@ pub fn run(args: &PipelineArgs) -> anyhow::Result<()> {
     if args.model.is_none() {
         eprintln!("no --model: {model}");
     }
-    let (files, options) = session::model(Some(model), &args.run)?;
-    let pipeline = AnyPipeline::from_files(&args.task, &files, &options)?;
+    let (files, load) = session::model(Some(model), &args.run)?;
+    let pipeline = AnyPipeline::from_files(&args.task, &files, &load)?;
     let generates = matches!(
         task,
         Task::TextGeneration | Task::Text2TextGeneration | Task::Summarization | Task::Translation
