@@ -449,7 +449,7 @@ fn parquet_rows(file: File, name: &str) -> Result<Records> {
 fn parquet_rows(_: File, name: &str) -> Result<Records> {
     Err(Error::format(
         name,
-        "this program was built without Parquet; build it with --features parquet",
+        "this program was built without its feature `parquet`",
     ))
 }
 

@@ -344,7 +344,8 @@ mod tests {
 
     #[test]
     fn segments_like_the_reference() {
-        let start_of = |cuts: &[usize], at: usize| cuts.iter().rev().find(|cut| **cut <= at).map_or(0, |cut| *cut);
+        let start_of =
+            |cuts: &[usize], at: usize| cuts.iter().rev().find(|cut| **cut <= at).map_or(0, |cut| *cut);
         let starts = |cuts: &[usize]| (0..90).map(|at| start_of(cuts, at)).collect::<Vec<usize>>();
         let mask = Mask::new(Visible::Segments {
             starts: vec![starts(&[0, 3, 40, 41]), starts(&[0, 70])],

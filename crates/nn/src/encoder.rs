@@ -7,7 +7,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{
-    Context, Embedding, Error, LayerNorm, Linear, Norm, RelativeBias, Result, Weights, checkpointing, training,
+    Context, Embedding, Error, LayerNorm, Linear, Norm, RelativeBias, Result, Weights, checkpointing,
+    training,
 };
 
 /// Number of types that a token has in a table.

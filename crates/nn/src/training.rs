@@ -226,6 +226,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_computed_again_draws_the_same() {
+        let x = || Tensor::<2>::ones([5, 40], &Device::flex());
+        let pass = Pass {
+            dropout: Dropout {
+                hidden: 0.5,
+                ..Dropout::default()
+            },
+            ..Pass::default()
+        };
+        let (draws, first, second) = pass.run(|| {
+            values(hidden(x()));
+            let draws = draws();
+            (draws, values(hidden(x())), values(hidden(x())))
+        });
+        assert_ne!(first, second);
+        let again = draws.again(|| (values(hidden(x())), values(hidden(x()))));
+        assert_eq!(again, (first, second));
+        assert!(values(hidden(x())).iter().all(|x| *x == 1.0));
+    }
+
+    #[test]
     fn dropout_within_a_pass_only() {
         let x = || Tensor::<2>::ones([50, 200], &Device::flex());
         let pass = Pass {

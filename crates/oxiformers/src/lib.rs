@@ -19,11 +19,14 @@
 //! [`LanguageModel`] puts the parts together that a checkpoint consists of, [`Seq2SeqModel`] those of an
 //! encoder-decoder. A [`Pipeline`] does a whole task, from raw input to an answer. The parts live in rooms of their own,
 //! re-exported here: [`pipelines`] holds the tasks, [`hub`] finds and reads files, [`processors`] turns text into token ids and back, [`models`]
-//! holds the architectures, [`nn`] their layers, [`peft`] adapters of them, [`quant`] their packed weights, [`generate`] the decoding loop.
+//! holds the architectures, [`nn`] their layers, [`peft`] adapters of them, [`quant`] their packed weights, [`generate`] the
+//! decoding loop. `train` learns, and `data` is what it learns from.
 
 pub mod device;
 mod perplexity;
 
+#[cfg(not(target_arch = "wasm32"))]
+pub use oxiformers_data as data;
 pub use oxiformers_generate as generate;
 pub use oxiformers_hub as hub;
 pub use oxiformers_models as models;
@@ -32,6 +35,8 @@ pub use oxiformers_peft as peft;
 pub use oxiformers_pipelines as pipelines;
 pub use oxiformers_processors as processors;
 pub use oxiformers_quant as quant;
+#[cfg(not(target_arch = "wasm32"))]
+pub use oxiformers_train as train;
 
 pub use burn::tensor::FloatDType;
 pub use futures::executor::block_on;

@@ -64,6 +64,9 @@ pub enum Error {
     /// A model cannot be loaded, or is given what does not fit it.
     #[error(transparent)]
     Model(#[from] oxiformers_models::Error),
+    /// Labels that are no classes of the model.
+    #[error("labels: {0}")]
+    Labels(#[from] oxiformers_models::nn::LabelError),
     /// An adapter cannot be begun or written.
     #[error(transparent)]
     Adapter(#[from] oxiformers_peft::Error),

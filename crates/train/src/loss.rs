@@ -1,42 +1,27 @@
 //! How wrong logits are.
 
-use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{Tensor, TensorData, activation};
 use oxiformers_data::tasks::IGNORED;
+use oxiformers_models::nn::{self, CrossEntropyOptions};
 
-/// Indices as a tensor.
-fn ids(values: Vec<i64>, device: &Device) -> Tensor<1, Int> {
-    let count = values.len();
-    Tensor::from_data(TensorData::new(values, [count]), device)
-}
+use crate::Result;
 
 /// The mean of `-log softmax(logits)[target]` over the rows of `logits` `[rows, classes]` whose target is not
 /// [`IGNORED`]; with `smoothing` ε, of `(1 − ε)` times this and ε times the mean over all classes (Szegedy et al., 2016).
 /// `None` where all are ignored.
-pub fn cross_entropy(logits: Tensor<2>, targets: &[i64], smoothing: f64) -> Option<Tensor<1>> {
-    let [rows, _] = logits.dims();
-    let device = logits.device();
-    let learned: Vec<i64> = (targets.iter().zip(0i64..))
-        .filter(|(target, _)| **target != IGNORED)
-        .map(|(_, row)| row)
-        .collect();
-    if learned.is_empty() {
-        return None;
+///
+/// # Errors
+/// Targets that are no classes, or not one for each row.
+pub fn cross_entropy(logits: Tensor<2>, targets: &[i64], smoothing: f64) -> Result<Option<Tensor<1>>> {
+    if targets.iter().all(|target| *target == IGNORED) {
+        return Ok(None);
     }
-    let logits = match learned.len() == rows {
-        true => logits,
-        false => logits.select(0, ids(learned.clone(), &device)),
+    let options = CrossEntropyOptions {
+        ignore_index: IGNORED,
+        label_smoothing: smoothing,
+        divisor: None,
     };
-    let targets: Vec<i64> = learned.iter().map(|row| targets[*row as usize]).collect();
-    let count = targets.len();
-    let log_probs = activation::log_softmax(logits, 1);
-    let of_target = log_probs
-        .clone()
-        .gather(1, ids(targets, &device).reshape([count, 1]));
-    let loss = of_target.mean().neg();
-    Some(match smoothing {
-        0.0 => loss,
-        epsilon => loss * (1.0 - epsilon) - log_probs.mean() * epsilon,
-    })
+    Ok(Some(nn::cross_entropy(logits, targets, options)?))
 }
 
 /// The mean of squared differences (`MSELoss`); both `[rows, outputs]`.
@@ -56,6 +41,8 @@ pub fn binary_cross_entropy(logits: Tensor<2>, targets: Vec<f32>) -> Tensor<1> {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Device;
+
     use super::*;
 
     fn number(loss: Tensor<1>) -> f32 {
@@ -69,15 +56,16 @@ mod tests {
         let log_prob = |row: [f32; 3], at: usize| row[at] - row.iter().map(|x| x.exp()).sum::<f32>().ln();
         let rows = [[1.0, 2.0, 0.5], [0.0, 0.0, 0.0], [3.0, -1.0, 0.0]];
         let expected = -(log_prob(rows[0], 1) + log_prob(rows[2], 2)) / 2.0;
-        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.0).expect("loss");
+        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.0).unwrap().expect("loss");
         assert!((number(loss) - expected).abs() < 1e-6);
         let all: f32 = [0, 2]
             .iter()
             .flat_map(|row| (0..3).map(move |at| log_prob(rows[*row], at)))
             .sum();
-        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.1).expect("loss");
+        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.1).unwrap().expect("loss");
         assert!((number(loss) - (0.9 * expected - 0.1 * all / 6.0)).abs() < 1e-6);
-        assert!(cross_entropy(logits, &[IGNORED; 3], 0.0).is_none());
+        assert!(cross_entropy(logits.clone(), &[IGNORED; 3], 0.0).unwrap().is_none());
+        assert!(cross_entropy(logits, &[0, 3, 1], 0.0).is_err());
     }
 
     #[test]

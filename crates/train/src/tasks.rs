@@ -141,7 +141,7 @@ impl Task for CausalLanguageModeling {
             logits.clone().reshape([rows * seq, classes]),
             &targets,
             options.label_smoothing,
-        );
+        )?;
         Ok(Outputs {
             logits: if options.answers {
                 Logits::Tokens(logits)
@@ -203,7 +203,7 @@ fn of_tokens(
     };
     let [batch, seq, classes] = logits.dims();
     let labels: Vec<i64> = labels.iter().flatten().copied().collect();
-    let loss = cross_entropy(logits.clone().reshape([batch * seq, classes]), &labels, smoothing);
+    let loss = cross_entropy(logits.clone().reshape([batch * seq, classes]), &labels, smoothing)?;
     Ok((loss, Logits::Tokens(logits)))
 }
 
@@ -253,7 +253,7 @@ impl TrainedHead for SequenceClassification {
         let flat = |numbers: &[Vec<f32>]| numbers.iter().flatten().copied().collect::<Vec<f32>>();
         let loss = match (problem, labels) {
             (ProblemType::SingleLabelClassification, Targets::Classes(classes)) => {
-                cross_entropy(logits.clone(), classes, smoothing)
+                cross_entropy(logits.clone(), classes, smoothing)?
             }
             (ProblemType::MultiLabelClassification, Targets::Numbers(numbers)) => {
                 Some(binary_cross_entropy(logits.clone(), flat(numbers)))
@@ -293,7 +293,7 @@ impl TrainedHead for MultipleChoice {
             return Err(wrong_targets(Self::NAME));
         };
         Ok((
-            cross_entropy(logits.clone(), classes, smoothing),
+            cross_entropy(logits.clone(), classes, smoothing)?,
             Logits::Rows(logits),
         ))
     }
@@ -327,8 +327,8 @@ impl TrainedHead for QuestionAnswering {
             };
             places.iter().map(one).collect()
         };
-        let start = cross_entropy(logits.start_logits.clone(), &within(start), smoothing);
-        let end = cross_entropy(logits.end_logits.clone(), &within(end), smoothing);
+        let start = cross_entropy(logits.start_logits.clone(), &within(start), smoothing)?;
+        let end = cross_entropy(logits.end_logits.clone(), &within(end), smoothing)?;
         let loss = match (start, end) {
             (Some(start), Some(end)) => Some((start + end) / 2.0),
             (one, other) => one.or(other),

@@ -12,7 +12,7 @@ use oxiformers_data::tasks::{Draw, Row};
 use oxiformers_data::{Dataset, Sampler, SamplingStrategy, batches};
 use oxiformers_models::nn::parameters::{self, Kind, Values};
 use oxiformers_models::nn::training::Pass;
-use oxiformers_models::nn::{Parameter, Parameters};
+use oxiformers_models::nn::{Parameter, Parameters, with_gradient_checkpointing};
 use serde_json::{Map, Value, json};
 
 use crate::arguments::{OnNan, Resume, Strategy};
@@ -543,7 +543,11 @@ impl<T: Task> Trainer<T> {
         for (index, Taken { batch, size, .. }) in taken.iter().enumerate() {
             let pass = self.pass(index as u64);
             let model = self.model()?;
-            let outputs = pass.run(|| self.task.loss(model, batch, options))?;
+            let forward = || pass.run(|| self.task.loss(model, batch, options));
+            let outputs = match self.arguments.gradient_checkpointing {
+                true => with_gradient_checkpointing(forward),
+                false => forward(),
+            }?;
             for (name, value) in outputs.logs {
                 add_log(&mut done.logs, name, read(value).await? / taken.len() as f64);
             }

@@ -106,6 +106,22 @@ fn what_was_stopped_goes_on_with_the_same_curve_bit_for_bit() {
     assert_ne!(losses(trainer.state()), expected);
 }
 
+#[test]
+fn layers_that_run_again_learn_the_same() {
+    let folder = tempfile::tempdir().expect("folder");
+    let run = |name: &str, gradient_checkpointing: bool| {
+        let settings = json!({"max_steps": 6, "gradient_checkpointing": gradient_checkpointing});
+        let mut trainer = language_model(&folder.path().join(name), changes(settings));
+        trainer.train_blocking().expect("training");
+        losses(trainer.state())
+    };
+    let (kept, again) = (run("kept", false), run("again", true));
+    assert_eq!(kept.len(), 6);
+    for (kept, again) in kept.iter().zip(&again) {
+        assert!((kept - again).abs() < 1e-5 * kept, "{kept} {again}");
+    }
+}
+
 /// Where a child of [`killed_at_any_moment`] trains.
 const CHILD: &str = "OXIFORMERS_TEST_CHILD";
 
