@@ -250,10 +250,12 @@ fn finish(out: &mut [f32], operand: &Operand, act: Option<Activation>) {
 }
 
 /// `x` `[.., size]`, each row of which becomes whole numbers from -128 to 127 times a scale: its largest absolute value,
-/// 1e-5 at least, divided by 127 (Ma et al., "The era of 1-bit LLMs", 2024).
+/// 1e-5 at least, divided by 127 (Ma et al., "The era of 1-bit LLMs", 2024). Gradients pass straight through.
 pub fn int8_activations<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    let scale = x.clone().abs().max_dim(D - 1).clamp_min(1e-5).recip() * 127.0;
-    (x * scale.clone()).round().clamp(-128.0, 127.0) / scale
+    let plain = x.clone().detach();
+    let scale = plain.clone().abs().max_dim(D - 1).clamp_min(1e-5).recip() * 127.0;
+    let whole = (plain.clone() * scale.clone()).round().clamp(-128.0, 127.0) / scale;
+    if x.is_autodiff() { whole + (x - plain) } else { whole }
 }
 
 /// [`linear`] of tensor operations, with widened weights on the device of `x`.
