@@ -1067,7 +1067,10 @@ fn parquet_is_read() {
     let model = pipeline_model("tapas");
     let mut command = pipeline("table-question-answering", &model);
     command.args(["--truncation", "--query", "What?", "--table"]);
-    command.arg(fixtures.join("texts.parquet")).assert().success();
+    command
+        .arg(fixtures.join("rows-snappy.parquet"))
+        .assert()
+        .success();
 }
 
 #[test]

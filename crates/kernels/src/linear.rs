@@ -255,7 +255,11 @@ pub fn int8_activations<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     let plain = x.clone().detach();
     let scale = plain.clone().abs().max_dim(D - 1).clamp_min(1e-5).recip() * 127.0;
     let whole = (plain.clone() * scale.clone()).round().clamp(-128.0, 127.0) / scale;
-    if x.is_autodiff() { whole + (x - plain) } else { whole }
+    if x.is_autodiff() {
+        whole + (x - plain)
+    } else {
+        whole
+    }
 }
 
 /// [`linear`] of tensor operations, with widened weights on the device of `x`.

@@ -4,8 +4,8 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use oxiformers_nn::{
-    Activation, Attention, AttentionConfig, Context, Decoder, DecoderConfig, DecoderLayer, LayerNorm, Linear,
-    Mlp, Projection, Result, Weights,
+    Activation, Attention, AttentionConfig, Context, Decoder, DecoderConfig, DecoderLayer, Error, LayerNorm,
+    Linear, Mlp, Projection, Result, Weights,
 };
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +89,10 @@ impl Architecture for Config {
     fn load(&self, w: &Weights) -> Result<Decoder<Layer>> {
         let (hidden, heads, eps) = (self.n_embd, self.n_head, self.layer_norm_epsilon);
         let inner = self.n_inner.unwrap_or(4 * hidden);
+        if heads == 0 || hidden % heads != 0 {
+            let message = format!("{hidden} hidden units cannot be shared by {heads} heads");
+            return Err(Error::config("n_head", message));
+        }
         let layers = (0..self.n_layer).map(|i| {
             let w = w.pp("transformer.h").pp(i);
             let mut attention = AttentionConfig::new(hidden, heads, heads, hidden / heads.max(1));

@@ -108,6 +108,10 @@ impl Experts {
     /// in MXFP4.
     fn load(w: &Weights, c: &Config) -> Result<Self> {
         let (count, hidden, inner) = (c.num_local_experts, c.hidden_size, c.intermediate_size);
+        if c.swiglu_limit.is_nan() || c.swiglu_limit < 0.0 {
+            let message = format!("is {}; it must not be below 0", c.swiglu_limit);
+            return Err(Error::config("swiglu_limit", message));
+        }
         let ([gate, up, down], gate_bias, up_bias, down_bias) = if w.is_stored("gate_proj.weight") {
             let bias = |name: &str, width| w.param(name, [count, width], Init::Zeros);
             (

@@ -111,9 +111,11 @@ impl GatedMlp {
     /// `[.., hidden]` to the same shape.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let (gate, up) = match (&self.gate_proj, &self.up_proj, &self.gate_up_proj) {
-            (Some(gate), Some(up), _) => {
-                return Linear::gated_feed_forward([gate, up, &self.down_proj], x, self.act);
+            (Some(gate), Some(up), _) if self.inner_norm.is_none() && !training::drops_activations() => {
+                let layers = [gate, up, &self.down_proj];
+                return training::hidden(Linear::gated_feed_forward(layers, x, self.act));
             }
+            (Some(gate), Some(up), _) => Linear::forward_all([gate, up], x).into(),
             (_, _, Some(both)) => {
                 let both = both.forward(x);
                 let half = both.dims()[D - 1] / 2;

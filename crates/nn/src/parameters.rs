@@ -154,6 +154,9 @@ impl Parameter {
     }
 }
 
+/// Tensors of a checkpoint by their names: their shapes and values.
+pub type Stored = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
 /// Says by its name whether a tensor is trained.
 type Chosen = Box<dyn Fn(&str) -> bool + Send + Sync>;
 
@@ -261,11 +264,8 @@ impl Parameters {
     ///
     /// # Errors
     /// Names a parameter that `values` lacks, or has in another size.
-    pub fn stored<'a>(
-        &self,
-        values: impl Fn(&Parameter) -> Option<&'a [f32]>,
-    ) -> crate::Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
-        let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
+    pub fn stored<'a>(&self, values: impl Fn(&Parameter) -> Option<&'a [f32]>) -> crate::Result<Stored> {
+        let mut tensors = Stored::new();
         for parameter in &lock(&self.found).trainable {
             let values = values(parameter).filter(|values| values.len() == parameter.len());
             let values = values.ok_or_else(|| {

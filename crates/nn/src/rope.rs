@@ -148,7 +148,12 @@ impl Rope {
         max_position_embeddings: usize,
         interleaved: bool,
     ) -> Result<Self> {
-        let rotary_dim = (head_dim as f64 * parameters.partial_rotary_factor.unwrap_or(1.0)) as usize;
+        let factor = parameters.partial_rotary_factor.unwrap_or(1.0);
+        let rotary_dim = (head_dim as f64 * factor) as usize;
+        if rotary_dim > head_dim {
+            let message = format!("is {factor}; no more than the whole of a head can be rotated");
+            return Err(Error::config("partial_rotary_factor", message));
+        }
         Self::with_rotary_dim(parameters, rotary_dim, max_position_embeddings, interleaved)
     }
 

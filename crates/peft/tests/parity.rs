@@ -49,13 +49,13 @@ fn logits_equal_pefts() {
         }
         let shown: Vec<_> = found.iter().map(|x| format!("{x:.1e}")).collect();
         println!("{name:<24} {}", shown.join(" "));
-        // Where weights stay packed, activations are rounded to 15 bits.
+        // Where weights stay packed, in training too, activations are rounded to 15 bits.
         let packed = if name.ends_with("-nf4") {
             PACKED_TOLERANCE
         } else {
             TOLERANCE
         };
-        if found[0] > packed || found[1..].iter().any(|x| *x > TOLERANCE) {
+        if found[0] > packed || found[1] > TOLERANCE || found[2] > packed {
             failures.push(name);
         }
     }
@@ -160,8 +160,9 @@ fn gradients_equal_pytorchs() {
                 .zip(&expected)
                 .map(|(a, b)| (a - b).abs())
                 .fold(0.0, f32::max);
+            let relative = if name.ends_with("-nf4") { 5e-3 } else { 1e-3 };
             assert!(
-                worst <= 1e-3 * size + 1e-6,
+                worst <= relative * size + 1e-6,
                 "{name}: `{tensor}` {worst:e} of {size:e}"
             );
             compared += 1;

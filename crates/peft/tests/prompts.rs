@@ -66,7 +66,10 @@ fn padding_and_pieces_change_nothing() {
             let logits = values(model.forward(tensor(rows, &device), cache, LogitsFor::Last));
             logits.chunks(vocab).map(<[f32]>::to_vec).collect::<Vec<_>>()
         };
-        let alone = run(&[ids.clone()], &mut model.new_cache(CacheKind::Dynamic, vec![0]));
+        let alone = run(
+            std::slice::from_ref(&ids),
+            &mut model.new_cache(CacheKind::Dynamic, vec![0]),
+        );
         let padded: Vec<u32> = [0, 0, 0].into_iter().chain(ids[..9].iter().copied()).collect();
         let short = run(
             &[ids[..9].to_vec()],
@@ -87,7 +90,7 @@ fn padding_and_pieces_change_nothing() {
         let pieces = run(&[ids[4..].to_vec()], &mut cache);
         assert!(difference(&pieces[0], &alone[0]) < 1e-4, "{name}");
         cache.clear();
-        let again = run(&[ids.clone()], &mut cache);
+        let again = run(std::slice::from_ref(&ids), &mut cache);
         assert!(difference(&again[0], &alone[0]) < 1e-4, "{name}");
     }
 }

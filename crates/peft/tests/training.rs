@@ -16,11 +16,14 @@ use oxiformers_train::decay::decays;
 use oxiformers_train::optim::{OptimizerConfig, Parameter, Step};
 use oxiformers_train::schedule::{Schedule, ScheduleConfig, SchedulerType};
 
+/// Shape, values and gradient of a parameter.
+type Found = (ParamId, Vec<usize>, Vec<f32>, Vec<f32>);
+
 /// Takes values and gradients out of a model.
 struct Take<'a> {
     gradients: &'a Gradients,
     names: &'a HashMap<ParamId, String>,
-    found: Vec<(ParamId, Vec<usize>, Vec<f32>, Vec<f32>)>,
+    found: Vec<Found>,
 }
 
 impl ModuleVisitor for Take<'_> {

@@ -6,6 +6,7 @@
 //! side. Prints a line of JSON: seconds of each step, the first of which warms up, and losses.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
@@ -64,6 +65,9 @@ impl ModuleMapper for Update<'_> {
     }
 }
 
+/// Computes a step's loss and changes the parameters.
+type OneStep = dyn FnMut(usize, &mut dyn Optimizer, &mut HashMap<ParamId, String>) -> f32;
+
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     let number = |i: usize| args[i].parse::<usize>().expect("a number");
@@ -71,12 +75,13 @@ fn main() {
     let files = ModelFiles::from_dir(args[1].as_ref()).expect("a model");
     let options = LoadOptions {
         device: Device::flex().autodiff(),
+        parameters: Some(Arc::default()),
         ..LoadOptions::default()
     };
     let mut optimizer = OptimizerConfig::default().build().expect("an optimizer");
     let mut names = HashMap::new();
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
-    let mut run = |step: &mut dyn FnMut(usize, &mut dyn Optimizer, &mut HashMap<ParamId, String>) -> f32| {
+    let mut run = |step: &mut OneStep| {
         for i in 0..steps {
             let begin = Instant::now();
             losses.push(step(i, optimizer.as_mut(), &mut names));

@@ -56,15 +56,23 @@ mod tests {
         let log_prob = |row: [f32; 3], at: usize| row[at] - row.iter().map(|x| x.exp()).sum::<f32>().ln();
         let rows = [[1.0, 2.0, 0.5], [0.0, 0.0, 0.0], [3.0, -1.0, 0.0]];
         let expected = -(log_prob(rows[0], 1) + log_prob(rows[2], 2)) / 2.0;
-        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.0).unwrap().expect("loss");
+        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.0)
+            .unwrap()
+            .expect("loss");
         assert!((number(loss) - expected).abs() < 1e-6);
         let all: f32 = [0, 2]
             .iter()
             .flat_map(|row| (0..3).map(move |at| log_prob(rows[*row], at)))
             .sum();
-        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.1).unwrap().expect("loss");
+        let loss = cross_entropy(logits.clone(), &[1, IGNORED, 2], 0.1)
+            .unwrap()
+            .expect("loss");
         assert!((number(loss) - (0.9 * expected - 0.1 * all / 6.0)).abs() < 1e-6);
-        assert!(cross_entropy(logits.clone(), &[IGNORED; 3], 0.0).unwrap().is_none());
+        assert!(
+            cross_entropy(logits.clone(), &[IGNORED; 3], 0.0)
+                .unwrap()
+                .is_none()
+        );
         assert!(cross_entropy(logits, &[0, 3, 1], 0.0).is_err());
     }
 

@@ -40,13 +40,14 @@ fn both(run: impl Fn() -> Numbers) -> [Numbers; 2] {
     })
 }
 
-/// Holds all numbers of both ways to each other, relative to the largest of their kind.
+/// Holds all numbers of both ways to each other, relative to the largest of their kind; those that are 0 but for rounding,
+/// as a lonely key's, to what rounding makes of numbers around 1.
 fn same(name: &str, run: impl Fn() -> Numbers) {
     let [fused, reference] = both(&run);
     assert_eq!(fused.len(), reference.len());
     for (index, (fused, reference)) in fused.iter().zip(&reference).enumerate() {
         assert_eq!(fused.len(), reference.len(), "{name}: {index}");
-        let largest = reference.iter().fold(1e-2f32, |most, x| most.max(x.abs()));
+        let largest = reference.iter().fold(5e-2f32, |most, x| most.max(x.abs()));
         for (place, (a, b)) in fused.iter().zip(reference).enumerate() {
             assert!(
                 (a - b).abs() <= 3e-5 * largest,

@@ -121,8 +121,8 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &WholeActivat
     unsafe {
         let mut codes = x.codes.as_ptr().add(first * x.row_bytes);
         let mut sums = [[S::splat(0); M]; 4];
-        for m in 0..M {
-            sums[0][m] = S::splat(-offset * x.sums[first + m]);
+        for (sum, row) in sums[0].iter_mut().zip(&x.sums[first..first + M]) {
+            *sum = S::splat(-offset * row);
         }
         let mut at = tile.codes.as_ptr();
         let scale = S::load_float(at.cast());
@@ -139,11 +139,9 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &WholeActivat
             codes = codes.add(8 * four);
         }
         let scale = S::mul(scale, S::load_float(tile.factors.as_ptr()));
-        for m in 0..M {
-            let sum = S::add_sums(
-                S::add_sums(sums[0][m], sums[1][m]),
-                S::add_sums(sums[2][m], sums[3][m]),
-            );
+        let [a, b, c, d] = sums;
+        for (m, (((a, b), c), d)) in a.into_iter().zip(b).zip(c).zip(d).enumerate() {
+            let sum = S::add_sums(S::add_sums(a, b), S::add_sums(c, d));
             let values = S::mul(S::to_float(sum), scale);
             tile.store::<S>(S::scale_add(values, x.scales[first + m], S::zero()), first + m);
         }
