@@ -66,7 +66,7 @@ impl ModuleMapper for Update<'_> {
 }
 
 /// Computes a step's loss and changes the parameters.
-type OneStep = dyn FnMut(usize, &mut dyn Optimizer, &mut HashMap<ParamId, String>) -> f32;
+type OneStep<'a> = dyn FnMut(usize, &mut dyn Optimizer, &mut HashMap<ParamId, String>) -> f32 + 'a;
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
@@ -81,7 +81,7 @@ fn main() {
     let mut optimizer = OptimizerConfig::default().build().expect("an optimizer");
     let mut names = HashMap::new();
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
-    let mut run = |step: &mut OneStep| {
+    let mut run = |step: &mut OneStep<'_>| {
         for i in 0..steps {
             let begin = Instant::now();
             losses.push(step(i, optimizer.as_mut(), &mut names));
