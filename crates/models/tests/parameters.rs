@@ -88,7 +88,9 @@ fn check_tensors(name: &str, parameters: &Parameters, values: &Values, files: &M
         "shared.weight",
         "decoder.weight",
     ];
-    let computed = name.starts_with("marian") || name.starts_with("m2m_100");
+    let computed = ["m2m_100", "marian", "pegasus"]
+        .iter()
+        .any(|model| name.starts_with(model));
     let dropped = |name: &str| {
         tied.iter().any(|end| name.ends_with(end))
             || name.ends_with("inv_freq")

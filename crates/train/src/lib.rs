@@ -3,7 +3,7 @@
 //! A [`Task`] says what is learned, a [`Trainer`] trains: forward, backward, [`clip`], an [`optim::Optimizer`] that changes
 //! each parameter in place by its gradient, and a [`Schedule`] that says by which learning rate. What is trained is named
 //! by a [`Parameters`](oxiformers_models::nn::Parameters) that was filled when the model was loaded, and a
-//! [`Saver`](checkpoint::Saver) writes it: a whole model, or adapters beside one. [`Callback`]s hear of every step.
+//! [`Saver`] writes it: a whole model, or adapters beside one. [`Callback`]s hear of every step.
 
 pub mod adapter;
 pub mod arguments;
