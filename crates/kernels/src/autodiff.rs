@@ -1,7 +1,7 @@
 //! Operators with a backward pass of their own, on the CPU.
 //!
-//! An operator [opens](open) its tensors where automatic differentiation knows at least one of them, computes on their
-//! values, and [records](Tape::record) what its backward pass does.
+//! An operator opens its tensors where automatic differentiation knows at least one of them, computes on their
+//! values, and records what its backward pass does.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -450,7 +450,7 @@ impl CachedRows {
     }
 }
 
-/// [`attention`] to what a cache holds. On the CPU codes are read as they are; other devices get them dequantized.
+/// [`attention`](attention()) to what a cache holds. On the CPU codes are read as they are; other devices get them dequantized.
 pub fn cached_attention(
     q: Tensor<4>,
     [k, v]: [CachedRows; 2],
