@@ -113,9 +113,7 @@ fn compare(task: &str, reference: &Reference, loss: f32, ours: &BTreeMap<String,
         // Tied parameters are stored under one of several names, chosen by chance.
         let found = ours.get(name).or_else(|| {
             let fits = |own: &&String| theirs.fits(&ours[*own]);
-            own.iter()
-                .position(|name| fits(name))
-                .map(|place| &ours[own.remove(place)])
+            own.iter().position(fits).map(|place| &ours[own.remove(place)])
         });
         let ours = found.unwrap_or_else(|| panic!("{task}: no gradient of {name}"));
         let scale = theirs.largest().max(NOTHING * of_model);
