@@ -7,10 +7,12 @@
 
 use std::cell::Cell;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pulp::{Simd, WithSimd};
 
 use crate::activation::{self, Activation};
+use crate::memory::Bytes;
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads, pieces};
 
@@ -74,9 +76,8 @@ pub struct DenseMatrix {
     rows: usize,
     cols: usize,
     float: Float,
-    /// Panels `[cols, PANEL]`, in the processor's byte order. Starts at `start`, a multiple of 64 as an address.
-    data: Vec<u8>,
-    start: usize,
+    /// Panels `[cols, PANEL]`, in the processor's byte order.
+    data: Bytes,
 }
 
 impl std::fmt::Debug for DenseMatrix {
@@ -89,36 +90,40 @@ impl DenseMatrix {
     /// Regroups row-major little-endian values, whose number the caller has checked; `done` is told what has been
     /// read and is not needed any more.
     pub fn pack(float: Float, rows: usize, cols: usize, bytes: &[u8], done: &(dyn Fn(&[u8]) + Sync)) -> Self {
+        let to = Bytes::zeroed(rows.div_ceil(PANEL) * cols * PANEL * float.bytes());
+        Self::pack_to(to, float, [rows, cols], bytes, done)
+    }
+
+    fn pack_to(
+        data: Bytes,
+        float: Float,
+        [rows, cols]: [usize; 2],
+        bytes: &[u8],
+        done: &(dyn Fn(&[u8]) + Sync),
+    ) -> Self {
         let panel_bytes = cols * PANEL * float.bytes();
         let panels = rows.div_ceil(PANEL);
-        let data = vec![0u8; panels * panel_bytes + 63];
-        let start = data.as_ptr().align_offset(64).min(63);
         let mut matrix = Self {
             rows,
             cols,
             float,
             data,
-            start,
         };
         let row_bytes = cols * float.bytes();
         let (_, size) = pieces(panels, 4);
         let chunk = (size * panel_bytes).max(1);
-        for_each_chunk(
-            &mut matrix.data[start..][..panels * panel_bytes],
-            chunk,
-            |piece, to| {
-                let from =
-                    piece * size * PANEL * row_bytes..bytes.len().min((piece + 1) * size * PANEL * row_bytes);
-                let panels = bytes[from.clone()].chunks(PANEL * row_bytes);
-                for (from, to) in panels.zip(to.chunks_exact_mut(panel_bytes)) {
-                    match float {
-                        Float::F32 => regroup(from, row_bytes, to, |b| u32::from_le_bytes(b).to_ne_bytes()),
-                        _ => regroup(from, row_bytes, to, |b| u16::from_le_bytes(b).to_ne_bytes()),
-                    }
+        for_each_chunk(&mut matrix.data, chunk, |piece, to| {
+            let from =
+                piece * size * PANEL * row_bytes..bytes.len().min((piece + 1) * size * PANEL * row_bytes);
+            let panels = bytes[from.clone()].chunks(PANEL * row_bytes);
+            for (from, to) in panels.zip(to.chunks_exact_mut(panel_bytes)) {
+                match float {
+                    Float::F32 => regroup(from, row_bytes, to, |b| u32::from_le_bytes(b).to_ne_bytes()),
+                    _ => regroup(from, row_bytes, to, |b| u16::from_le_bytes(b).to_ne_bytes()),
                 }
-                done(&bytes[from]);
-            },
-        );
+            }
+            done(&bytes[from]);
+        });
         matrix
     }
 
@@ -126,17 +131,13 @@ impl DenseMatrix {
     fn pack_turned([rows, cols]: [usize; 2], values: &[f32]) -> Self {
         let panel_bytes = cols * PANEL * 4;
         let panels = rows.div_ceil(PANEL);
-        let data = vec![0u8; panels * panel_bytes + 63];
-        let start = data.as_ptr().align_offset(64).min(63);
         let mut matrix = Self {
             rows,
             cols,
             float: Float::F32,
-            data,
-            start,
+            data: Bytes::temporary(panels * panel_bytes),
         };
-        let to = &mut matrix.data[start..][..panels * panel_bytes];
-        for_each_chunk(to, panel_bytes.max(1), |panel, to| {
+        for_each_chunk(&mut matrix.data, panel_bytes.max(1), |panel, to| {
             let own = panel * PANEL..rows.min((panel + 1) * PANEL);
             for (row, to) in values
                 .chunks_exact(rows.max(1))
@@ -157,7 +158,7 @@ impl DenseMatrix {
     /// A panel from the column on.
     fn panel(&self, panel: usize, column: usize) -> *const u8 {
         let first = (panel * self.cols + column) * PANEL * self.float.bytes();
-        self.data[self.start + first..].as_ptr()
+        self.data[first..].as_ptr()
     }
 
     /// Bytes held in memory.
@@ -290,7 +291,7 @@ pub fn matmul(x: &[f32], in_features: usize, layers: &[Layer], act: Option<Activ
 /// `x · Wᵀ`, `[rows, out_features]`, of `x` `[rows, in_features]`.
 pub(crate) fn product(x: Left, weight: Weight) -> Vec<f32> {
     let product = Product::new((weight, None), x.rows, uses_tiles(x.rows));
-    multiply(x, vec![product], None).concat()
+    only(multiply(x, vec![product], None))
 }
 
 /// `sum + x · Wᵀ`.
@@ -303,7 +304,7 @@ pub(crate) fn add_product(sum: Vec<f32>, x: Left, weight: Weight) -> Vec<f32> {
         by_tiles: false,
         add: true,
     };
-    multiply(x, vec![product], None).concat()
+    only(multiply(x, vec![product], None))
 }
 
 fn multiply(x: Left, given: Vec<Product>, act: Option<Activation>) -> Vec<Vec<f32>> {
@@ -317,8 +318,7 @@ fn multiply(x: Left, given: Vec<Product>, act: Option<Activation>) -> Vec<Vec<f3
         }
     }
     // Rows in equal blocks, and so many pairs of panels a task that all threads have some.
-    let blocks = batch.div_ceil(rows_of_a_task(by_tiles)).max(1);
-    let rows = batch.div_ceil(blocks);
+    let (blocks, rows) = blocks(batch, by_tiles);
     let pairs: usize = products.iter().map(Product::pairs).sum();
     let work = batch * in_features * pairs * 2 * PANEL;
     let chunks = match work {
@@ -327,6 +327,7 @@ fn multiply(x: Left, given: Vec<Product>, act: Option<Activation>) -> Vec<Vec<f3
     };
     let size = pairs.div_ceil(chunks).max(1);
     let chunks = pairs.div_ceil(size);
+    let first_id = (chunks > 1).then(|| X_ID.fetch_add(blocks as u64, Ordering::Relaxed));
     let task = |index: usize| {
         let (block, chunk) = (index / chunks, index % chunks);
         let rows = block * rows..batch.min((block + 1) * rows);
@@ -337,6 +338,7 @@ fn multiply(x: Left, given: Vec<Product>, act: Option<Activation>) -> Vec<Vec<f3
             if !own.is_empty() && !rows.is_empty() {
                 let task = Task {
                     x: x.block(rows.clone()),
+                    x_id: first_id.map(|first| first + block as u64),
                     product,
                     first_row: rows.start,
                     panels: 2 * (own.start - first)..2 * (own.end - first),
@@ -366,13 +368,12 @@ pub fn feed_forward(x: &[f32], in_features: usize, [first, second]: [Layer; 2], 
     let batch = x.len() / in_features.max(1);
     let [inner, _] = first.0.shape();
     let by_tiles = uses_tiles(batch);
-    let blocks = batch.div_ceil(rows_of_a_task(by_tiles));
+    let (blocks, rows) = blocks(batch, by_tiles);
     // Few rows: all threads on one product, then on the other.
     if blocks < 2 * num_threads() {
-        let between = matmul(x, in_features, &[first], Some(act)).concat();
-        return matmul(&between, inner, &[second], None).concat();
+        let between = only(matmul(x, in_features, &[first], Some(act)));
+        return only(matmul(&between, inner, &[second], None));
     }
-    let rows = batch.div_ceil(blocks);
     let out = Product::new(second, batch, by_tiles);
     for_each(blocks, |block| {
         let rows = block * rows..batch.min((block + 1) * rows);
@@ -396,9 +397,20 @@ fn uses_tiles(rows: usize) -> bool {
     rows >= tiles::MANY && tiles::available()
 }
 
-/// How many rows of `x` a task takes at most.
-fn rows_of_a_task(by_tiles: bool) -> usize {
-    if by_tiles { tiles::ROWS } else { ROWS }
+/// Into how many blocks so many rows of `x` are cut, and how many each has: where there are more than threads, as many
+/// for each.
+fn blocks(rows: usize, by_tiles: bool) -> (usize, usize) {
+    let mut blocks = rows.div_ceil(if by_tiles { tiles::ROWS } else { ROWS }).max(1);
+    if blocks > num_threads() {
+        blocks = blocks.next_multiple_of(num_threads());
+    }
+    let size = rows.div_ceil(blocks).max(1);
+    (rows.div_ceil(size).max(1), size)
+}
+
+/// The result of a single product.
+fn only(mut products: Vec<Vec<f32>>) -> Vec<f32> {
+    products.pop().unwrap_or_default()
 }
 
 /// A product whose result several tasks write.
@@ -434,11 +446,18 @@ impl<'a> Product<'a> {
             Weight::Plain(values, [rows, cols]) => {
                 let bytes = bytemuck::cast_slice(values);
                 // As they lie in memory.
-                cfg!(target_endian = "little")
-                    .then(|| DenseMatrix::pack(Float::F32, rows, cols, bytes, &|_| ()))
+                cfg!(target_endian = "little").then(|| {
+                    let to = Bytes::temporary(rows.div_ceil(PANEL) * cols * PANEL * 4);
+                    DenseMatrix::pack_to(to, Float::F32, [rows, cols], bytes, &|_| ())
+                })
             }
             Weight::Turned(values, shape) => Some(DenseMatrix::pack_turned(shape, values)),
         }
+    }
+
+    /// Whether it is made of the weights as they lie, with so many rows of dense `x`.
+    fn as_they_lie(&self, rows: usize) -> bool {
+        matches!(self.weight, Weight::Plain(..)) && rows <= AS_THEY_LIE && !self.add
     }
 
     /// Pairs of panels, the last of which may be half empty.
@@ -447,13 +466,44 @@ impl<'a> Product<'a> {
     }
 }
 
+/// How so many columns are cut into pieces of [`COLUMNS`] at most.
+#[derive(Clone, Copy)]
+struct Pieces(usize);
+
+impl Pieces {
+    fn count(self) -> usize {
+        self.0.div_ceil(COLUMNS).max(1)
+    }
+
+    fn columns(self, piece: usize) -> Range<usize> {
+        let width = self.0.div_ceil(self.count());
+        piece * width..self.0.min((piece + 1) * width)
+    }
+}
+
+/// The next [`Task::x_id`].
+static X_ID: AtomicU64 = AtomicU64::new(0);
+
+/// What a thread needs for a task.
+#[derive(Default)]
+struct Scratch {
+    /// Rows of `x`, piece for piece of their columns.
+    x: Vec<f32>,
+    /// Of which [`Task::x_id`] these are all pieces.
+    holds: Option<u64>,
+    /// The panels of a piece.
+    panels: Vec<f32>,
+}
+
 thread_local! {
-    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static SCRATCH: Cell<Option<Scratch>> = const { Cell::new(None) };
 }
 
 /// Some rows of `x` times some panels.
 struct Task<'a> {
     x: Left<'a>,
+    /// A number of these rows, where several tasks have them: a thread copies them for the first one.
+    x_id: Option<u64>,
     product: &'a Product<'a>,
     /// The row of the result that the first row of `x` makes.
     first_row: usize,
@@ -466,6 +516,7 @@ impl<'a> Task<'a> {
     fn all(x: Left<'a>, product: &'a Product<'a>, first_row: usize, act: Option<Activation>) -> Self {
         Self {
             x,
+            x_id: None,
             product,
             first_row,
             panels: 0..2 * product.pairs(),
@@ -478,7 +529,7 @@ impl<'a> Task<'a> {
         let rows = self.x.rows;
         let outputs = self.panels.start * PANEL..out_features.min(self.panels.end * PANEL);
         match (self.product.weight, self.x.dense()) {
-            (Weight::Plain(values, _), Some(x)) if rows <= AS_THEY_LIE && !self.product.add => {
+            (Weight::Plain(values, _), Some(x)) if self.product.as_they_lie(rows) => {
                 pulp::Arch::new().dispatch(AsTheyLie {
                     task: self,
                     x,
@@ -501,17 +552,27 @@ impl<'a> Task<'a> {
     fn by_panels(&self, rows: usize, outputs: Range<usize>) {
         let [out_features, in_features] = self.product.weight.shape();
         let kernels = kernels();
-        let mut scratch = SCRATCH.take();
-        scratch.resize(scratch.len().max(rows * STRIDE + 2 * PANEL * COLUMNS), 0.0);
-        let (x, panel) = scratch.split_at_mut(rows * STRIDE);
-        let pieces = in_features.div_ceil(COLUMNS).max(1);
-        let width = in_features.div_ceil(pieces);
-        for piece in 0..pieces {
-            let columns = piece * width..in_features.min((piece + 1) * width);
-            self.x.copy(columns.clone(), STRIDE, x);
+        let Scratch {
+            mut x,
+            holds,
+            mut panels,
+        } = SCRATCH.take().unwrap_or_default();
+        let pieces = Pieces(in_features);
+        let size = rows * STRIDE;
+        let held = if self.x_id.is_some() { pieces.count() } else { 1 };
+        x.resize(x.len().max(held * size), 0.0);
+        panels.resize(2 * PANEL * COLUMNS, 0.0);
+        let is_there = self.x_id.is_some() && self.x_id == holds;
+        for piece in 0..pieces.count() {
+            let columns = pieces.columns(piece);
+            let at = if held > 1 { piece * size } else { 0 };
+            let x = &mut x[at..at + size];
+            if !is_there {
+                self.x.copy(columns.clone(), STRIDE, x);
+            }
             for first in outputs.clone().step_by(2 * PANEL) {
                 let outputs = first..outputs.end.min(first + 2 * PANEL);
-                let (weights, stride, float) = self.weights(kernels, &outputs, &columns, rows, panel);
+                let (weights, stride, float) = self.weights(kernels, &outputs, &columns, rows, &mut panels);
                 let part = Part {
                     weights,
                     stride,
@@ -527,7 +588,11 @@ impl<'a> Task<'a> {
                 unsafe { part.run(kernels, float) };
             }
         }
-        SCRATCH.set(scratch);
+        SCRATCH.set(Some(Scratch {
+            x,
+            holds: self.x_id,
+            panels,
+        }));
     }
 
     /// The `columns` of the one or two panels of `outputs`: where they are, how many bytes lie between two panels,

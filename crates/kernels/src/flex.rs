@@ -67,7 +67,7 @@ pub(crate) fn values(x: &FlexTensor) -> &[f32] {
 }
 
 /// Work on fewer values is not handed to another thread.
-const SMALL: usize = 1 << 15;
+const SMALL: usize = 1 << 13;
 
 /// Changes the values of `x` in chunks that are multiples of `row` long: in place where nobody else holds them.
 /// `change` gets where a chunk begins.

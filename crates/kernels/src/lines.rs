@@ -5,9 +5,13 @@
 #[repr(align(64))]
 pub(crate) struct Line(#[allow(dead_code)] [u8; 64]);
 
+impl Line {
+    pub const ZERO: Self = Self([0; 64]);
+}
+
 /// Makes room for at least so many lines.
 pub(crate) fn make_room(lines: &mut Vec<Line>, len: usize) {
     if lines.len() < len {
-        lines.resize(len, Line([0; 64]));
+        lines.resize(len, Line::ZERO);
     }
 }

@@ -1,7 +1,7 @@
 //! The threads that kernels run on.
 //!
 //! A decoding step is some hundred short parallel sections, a few microseconds of work each, so the hand-over
-//! counts: workers wait awake for a moment before they sleep, tasks are taken from a shared counter, and the
+//! counts: workers wait awake for a moment before they sleep, tasks are taken from both ends of a shared queue, and the
 //! caller never waits for a worker that has not begun. A worker whose core is taken away by another process
 //! costs the task it is at, not the whole section; where that happens, the caller works alone for a while.
 
@@ -95,7 +95,11 @@ mod native {
         number: AtomicUsize,
         open: AtomicBool,
         inside: AtomicUsize,
-        next: AtomicUsize,
+        /// How many tasks have been taken: by the caller from the front, by workers from the back, so that each thread
+        /// reads what lies in a row.
+        taken: AtomicUsize,
+        front: AtomicUsize,
+        back: AtomicUsize,
         tasks: AtomicUsize,
         /// The address of a [`Task`] on the caller's stack.
         task: AtomicUsize,
@@ -158,7 +162,9 @@ mod native {
                     number: AtomicUsize::new(0),
                     open: AtomicBool::new(false),
                     inside: AtomicUsize::new(0),
-                    next: AtomicUsize::new(0),
+                    taken: AtomicUsize::new(0),
+                    front: AtomicUsize::new(0),
+                    back: AtomicUsize::new(0),
                     tasks: AtomicUsize::new(0),
                     task: AtomicUsize::new(0),
                     panicked: AtomicBool::new(false),
@@ -187,7 +193,9 @@ mod native {
             // Kept for workers to get their pointer back from an address.
             std::ptr::from_ref(&task).expose_provenance();
             s.tasks.store(tasks, Ordering::Relaxed);
-            s.next.store(0, Ordering::Relaxed);
+            s.taken.store(0, Ordering::Relaxed);
+            s.front.store(0, Ordering::Relaxed);
+            s.back.store(0, Ordering::Relaxed);
             s.panicked.store(false, Ordering::Relaxed);
             s.open.store(true, Ordering::SeqCst);
             s.number.fetch_add(1, Ordering::SeqCst);
@@ -198,10 +206,10 @@ mod native {
             }
             BUSY.set(true);
             let begin = Instant::now();
-            let done = catch_unwind(AssertUnwindSafe(|| s.take(tasks, task)));
+            let done = catch_unwind(AssertUnwindSafe(|| s.take(tasks, task, true)));
             let own = begin.elapsed();
             BUSY.set(false);
-            s.next.fetch_max(tasks, Ordering::SeqCst);
+            s.taken.fetch_max(tasks, Ordering::SeqCst);
             s.open.store(false, Ordering::SeqCst);
             // Nobody may still use `task` when it goes out of scope.
             let mut turns = 0usize;
@@ -264,14 +272,16 @@ mod native {
     }
 
     impl Section {
-        /// Returns how many tasks there were left.
-        fn take(&self, tasks: usize, task: Task) -> usize {
+        /// Runs tasks until all are taken; returns how many.
+        fn take(&self, tasks: usize, task: Task, is_caller: bool) -> usize {
             for done in 0.. {
-                let index = self.next.fetch_add(1, Ordering::Relaxed);
-                if index >= tasks {
+                if self.taken.fetch_add(1, Ordering::Relaxed) >= tasks {
                     return done;
                 }
-                task(index);
+                task(match is_caller {
+                    true => self.front.fetch_add(1, Ordering::Relaxed),
+                    false => tasks - 1 - self.back.fetch_add(1, Ordering::Relaxed),
+                });
             }
             tasks
         }
@@ -292,9 +302,9 @@ mod native {
                 // SAFETY: the section was open after this thread counted itself in, so its caller waits for
                 // this thread before it lets go of the task.
                 let task = unsafe { *task };
-                if catch_unwind(AssertUnwindSafe(|| s.take(tasks, task))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| s.take(tasks, task, false))).is_err() {
                     s.panicked.store(true, Ordering::SeqCst);
-                    s.next.fetch_max(tasks, Ordering::SeqCst);
+                    s.taken.fetch_max(tasks, Ordering::SeqCst);
                 }
             }
             s.inside.fetch_sub(1, Ordering::SeqCst);

@@ -84,6 +84,8 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations,
         let codes = x.codes.as_ptr().add(first * 2 * x.cols);
         let scales: [*const f32; M] = std::array::from_fn(|m| x.scales.as_ptr().add((first + m) * blocks));
         let sums: [*const i32; M] = std::array::from_fn(|m| x.sums.as_ptr().add((first + m) * 2 * blocks));
+        let x_values: [*const f32; M] =
+            std::array::from_fn(|m| x.values.as_ptr().add((first + m) * 3 * blocks));
         // Codes become unsigned numbers from which something is taken.
         let tables = plan.tables.each_ref();
         let (table, fine) = (S::table(tables[0]), S::table(tables[1]));
@@ -146,9 +148,9 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations,
                 }
                 if matches!(K::KIND.shift, ShiftKind::Mins) {
                     let min = S::load_half(shift);
+                    let part = if K::GROUPS == 1 { 0 } else { 1 + $part };
                     for m in 0..M {
-                        let sum = sum::<K>(sums[m].add(2 * $block), $part) as f32;
-                        total[m] = S::scale_add(min, *scales[m].add($block) * sum, total[m]);
+                        total[m] = S::scale_add(min, *x_values[m].add(3 * $block + part), total[m]);
                     }
                 }
             }};
@@ -168,7 +170,7 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations,
                         let scale = *scales[m].add(block);
                         values[m] = S::scale_add(products[m], scale, values[m]);
                         if !shifted {
-                            x_sums[m] += scale * sum::<K>(sums[m].add(2 * block), 0) as f32;
+                            x_sums[m] += *x_values[m].add(3 * block);
                         }
                     }
                     at = at.add(K::BLOCK_BYTES);

@@ -13,8 +13,9 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::ops::Range;
 
+use crate::memory::Bytes;
 use crate::output::Output;
-use crate::threads::{for_each, pieces};
+use crate::threads::{for_each, num_threads, pieces};
 
 mod codes;
 mod kernel;
@@ -48,9 +49,8 @@ pub struct Int8Matrix {
     cols: usize,
     kernels: Kernels,
     plan: Plan,
-    /// Tiles. Starts at `start`, a multiple of 64 as an address.
-    data: Vec<u8>,
-    start: usize,
+    /// Tiles.
+    data: Bytes,
     /// For each row, what its scales are to be multiplied with: a power of two keeps them within the half floats.
     factors: Vec<f32>,
     /// What each code is multiplied as where activations are floats: the sum of two bf16.
@@ -87,8 +87,6 @@ impl Int8Matrix {
         };
         let tile_bytes = plan.tile_bytes();
         let tiles = rows.div_ceil(TILE);
-        let data = vec![0u8; tiles * tile_bytes + 63];
-        let start = data.as_ptr().align_offset(64).min(63);
         let gather = (from.permutation().is_some() || !plan.is_in_order()).then(|| {
             let column = |column| {
                 let stored = plan.stored(column)?;
@@ -107,12 +105,11 @@ impl Int8Matrix {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             words: plan.words(),
             plan,
-            data,
-            start,
+            data: Bytes::zeroed(tiles * tile_bytes),
             factors: vec![0.0; tiles * TILE],
             gather,
         };
-        let to = Shared(matrix.data[start..].as_mut_ptr());
+        let to = Shared(matrix.data.as_mut_ptr());
         let factors = Shared(matrix.factors.as_mut_ptr());
         let (count, size) = pieces(tiles, 4);
         for_each(count, |piece| {
@@ -198,32 +195,94 @@ struct Activations {
     scales: Vec<f32>,
     /// Sums of codes in halves of blocks: `[rows, cols / 16]`.
     sums: Vec<i32>,
+    /// Sums of values in blocks, and in their first and second halves: `[rows, cols / 32, 3]`.
+    values: Vec<f32>,
 }
 
 impl Activations {
     /// Quantizes `x` `[rows, cols]`, `cols` a multiple of 32: in each block of 32 the largest value becomes
     /// 127 · 128.
     fn quantize(x: &[f32], cols: usize, few: Few) -> Self {
-        let rows = x.len() / cols.max(1);
+        let (rows, blocks) = (x.len() / cols.max(1), cols / BLOCK);
         let mut all = Self {
             rows,
             cols,
             codes: vec![0; 2 * x.len()],
             scales: vec![0.0; x.len() / BLOCK],
             sums: vec![0; x.len() / (BLOCK / 2)],
+            values: vec![0.0; 3 * x.len() / BLOCK],
         };
-        let mut from = 0;
-        for (first, len) in batches(rows, few.most) {
-            let (codes, scales, sums) = (
-                &mut all.codes[2 * from..],
-                &mut all.scales[from / BLOCK..],
-                &mut all.sums[2 * from / BLOCK..],
-            );
-            let x = &x[first * cols..(first + len) * cols];
-            pulp::Arch::new().dispatch(|| quantize_few(x, cols, few.split, codes, scales, sums));
-            from += len * cols;
-        }
+        let to = Fields {
+            codes: Shared(all.codes.as_mut_ptr()),
+            scales: Shared(all.scales.as_mut_ptr()),
+            sums: Shared(all.sums.as_mut_ptr()),
+            values: Shared(all.values.as_mut_ptr()),
+        };
+        // Below some thousand values, handing over costs more than the work.
+        let (count, size) = pieces(blocks, 4096 / (BLOCK * rows).max(1));
+        for_each(count, |piece| {
+            for (first, len) in batches(rows, few.most) {
+                for block in piece * size..blocks.min((piece + 1) * size) {
+                    let at = Block {
+                        cols,
+                        block,
+                        first,
+                        len,
+                    };
+                    // SAFETY: blocks of columns are disjoint, and so are batches.
+                    pulp::Arch::new().dispatch(|| unsafe {
+                        at.quantize(x, few.split, to);
+                    });
+                }
+            }
+        });
         all
+    }
+}
+
+/// Where the fields of [`Activations`] are.
+#[derive(Clone, Copy)]
+struct Fields {
+    codes: Shared<i8>,
+    scales: Shared<f32>,
+    sums: Shared<i32>,
+    values: Shared<f32>,
+}
+
+/// A block of columns of a [batch](batches) of [`Activations`].
+struct Block {
+    cols: usize,
+    block: usize,
+    first: usize,
+    len: usize,
+}
+
+impl Block {
+    /// # Safety
+    /// There is room for all rows, and nobody else touches what is this block's.
+    #[inline(always)]
+    unsafe fn quantize(&self, x: &[f32], split: Split, to: Fields) {
+        let (blocks, size) = (self.cols / BLOCK, 2 * self.len * BLOCK);
+        // SAFETY: the caller's.
+        let codes = unsafe {
+            let at = 2 * self.first * self.cols + size * self.block;
+            std::slice::from_raw_parts_mut(to.codes.at(at), size)
+        };
+        for row in 0..self.len {
+            let at = (self.first + row) * blocks + self.block;
+            let (whole, scale) = quantize_block(&x.as_chunks().0[at]);
+            let sums = half_sums(&whole);
+            // SAFETY: the caller's.
+            unsafe {
+                to.scales.at(at).write(scale);
+                to.sums.at(2 * at).cast::<[i32; 2]>().write(sums);
+                to.values
+                    .at(3 * at)
+                    .cast::<[f32; 3]>()
+                    .write(values_of(sums, scale));
+            }
+            place(split, &whole, row, self.len, codes);
+        }
     }
 }
 
@@ -341,6 +400,12 @@ fn half_sums(whole: &[i32; BLOCK]) -> [i32; 2] {
     sums
 }
 
+/// The sum of a block's values, and those of its halves.
+#[inline(always)]
+fn values_of([first, second]: [i32; 2], scale: f32) -> [f32; 3] {
+    [first.wrapping_add(second), first, second].map(|sum| scale * sum as f32)
+}
+
 /// Puts the codes of a block in their places; `to` is where those of the first row go.
 #[inline(always)]
 fn place(split: Split, whole: &[i32; BLOCK], row: usize, rows: usize, to: &mut [i8]) {
@@ -368,38 +433,6 @@ fn place(split: Split, whole: &[i32; BLOCK], row: usize, rows: usize, to: &mut [
     }
 }
 
-/// Quantizes a batch of [`Activations`].
-#[inline(always)]
-fn quantize_few(
-    x: &[f32],
-    cols: usize,
-    split: Split,
-    codes: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [i32],
-) {
-    let (rows, blocks) = (x.len() / cols, cols / BLOCK);
-    let all = x
-        .as_chunks::<BLOCK>()
-        .0
-        .iter()
-        .zip(scales)
-        .zip(sums.as_chunks_mut::<2>().0);
-    for (index, ((x, scale), sums)) in all.enumerate() {
-        let (row, block) = (index / blocks, index % blocks);
-        let whole;
-        (whole, *scale) = quantize_block(x);
-        *sums = half_sums(&whole);
-        place(
-            split,
-            &whole,
-            row,
-            rows,
-            &mut codes[2 * rows * BLOCK * block..][..2 * rows * BLOCK],
-        );
-    }
-}
-
 /// Quantizes a batch of [`ManyActivations`].
 #[inline(always)]
 fn quantize_many(
@@ -415,12 +448,9 @@ fn quantize_many(
         let (row, block) = (index / blocks, index % blocks);
         let (whole, scale) = quantize_block(x);
         scales[block * rows + row] = scale;
-        let [first, second] = half_sums(&whole);
-        for (part, sum) in [first.wrapping_add(second), first, second]
-            .into_iter()
-            .enumerate()
-        {
-            sums[(3 * block + part) * rows + row] = scale * sum as f32;
+        let [all, first, second] = values_of(half_sums(&whole), scale);
+        for (part, sum) in [all, first, second].into_iter().enumerate() {
+            sums[(3 * block + part) * rows + row] = sum;
         }
         place(
             split,
@@ -555,7 +585,7 @@ impl<'a> Tiles<'a> {
         let tile_bytes = weight.plan.tile_bytes();
         Some(Tile {
             weight,
-            codes: &weight.data[weight.start + tile * tile_bytes..][..tile_bytes],
+            codes: &weight.data[tile * tile_bytes..][..tile_bytes],
             factors: &weight.factors[tile * TILE..][..TILE],
             out: out.at(tile * TILE),
             columns: (weight.rows - tile * TILE).min(TILE),
@@ -576,8 +606,9 @@ fn each_tile(tiles: &Tiles, rows: usize, multiply: impl Fn(Tile) + Sync) {
     // A few kilobytes of weights at least, which take about a microsecond to read.
     let tile_bytes = tiles.parts.first().map_or(1, |(w, ..)| w.plan.tile_bytes());
     let least = 16 * 1024 / (tile_bytes * rows.max(1)).max(1);
-    let (count, size) = pieces(tiles.count, least.max(1));
-    for_each(count, |piece| {
+    // So many that threads are done at about the same time.
+    let size = tiles.count.div_ceil(16 * num_threads()).max(least).max(1);
+    for_each(tiles.count.div_ceil(size), |piece| {
         for tile in piece * size..tiles.count.min((piece + 1) * size) {
             if let Some(tile) = tiles.get(tile) {
                 multiply(tile);

@@ -60,7 +60,7 @@ impl CodeRows for Regrouped {
         for (index, row) in rows.enumerate() {
             let (tile, lane) = (row / TILE, row % TILE);
             let from = Row {
-                tile: &self.int8.data[self.int8.start + tile * tile_bytes..][..tile_bytes],
+                tile: &self.int8.data[tile * tile_bytes..][..tile_bytes],
                 plan,
                 lane,
                 factor: self.int8.factors[row] / plan.unit,
