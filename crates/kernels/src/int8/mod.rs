@@ -221,20 +221,20 @@ impl Activations {
         // Below some thousand values, handing over costs more than the work.
         let (count, size) = pieces(blocks, 4096 / (BLOCK * rows).max(1));
         for_each(count, |piece| {
-            for (first, len) in batches(rows, few.most) {
-                for block in piece * size..blocks.min((piece + 1) * size) {
-                    let at = Block {
-                        cols,
-                        block,
-                        first,
-                        len,
-                    };
-                    // SAFETY: blocks of columns are disjoint, and so are batches.
-                    pulp::Arch::new().dispatch(|| unsafe {
+            // SAFETY: blocks of columns are disjoint, and so are batches.
+            pulp::Arch::new().dispatch(|| unsafe {
+                for (first, len) in batches(rows, few.most) {
+                    for block in piece * size..blocks.min((piece + 1) * size) {
+                        let at = Block {
+                            cols,
+                            block,
+                            first,
+                            len,
+                        };
                         at.quantize(x, few.split, to);
-                    });
+                    }
                 }
-            }
+            });
         });
         all
     }
