@@ -28,13 +28,13 @@ use args::{Cli, Command};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Lets the allocator keep freed pages for a second instead of ten milliseconds: between two steps of a model, the
+/// Lets the allocator keep freed pages for ten seconds instead of ten milliseconds: between two steps of training, the
 /// system would take them away and clear them anew.
 fn keep_freed_pages() {
     // `mi_option_purge_delay` of mimalloc.h, which the bindings do not name.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
     // SAFETY: no other thread runs yet.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 1000) };
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 10_000) };
 }
 
 fn main() -> ExitCode {
