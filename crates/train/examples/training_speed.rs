@@ -19,6 +19,10 @@ use oxiformers_models::{AutoModelForCausalLM, AutoModelForSequenceClassification
 use oxiformers_train::OptimizerConfig;
 use oxiformers_train::optim::{Optimizer, Parameter, Step};
 
+/// That of the command, which keeps what a step frees for the next one.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Ids that look random: the same on the Python side.
 fn id(step: usize, index: usize, most: usize) -> usize {
     (step * 7919 + index * 104_729 + index * index % 8191) % (most - 8) + 8
@@ -69,6 +73,10 @@ impl ModuleMapper for Update<'_> {
 type OneStep<'a> = dyn FnMut(usize, &mut dyn Optimizer, &mut HashMap<ParamId, String>) -> f32 + 'a;
 
 fn main() {
+    // As in the command.
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    // SAFETY: no other thread runs yet.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, 10_000) };
     let args: Vec<String> = std::env::args().collect();
     let number = |i: usize| args[i].parse::<usize>().expect("a number");
     let (batch, seq, steps) = (number(3), number(4), number(5));
