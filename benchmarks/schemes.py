@@ -1,11 +1,12 @@
-"""Times decoding with every scheme of quantization against GGUF's Q4_0, all by this program, in alternation.
+"""Times decoding and prompts with every scheme of quantization against GGUF's Q4_0, all by this program, in alternation.
 
     python schemes.py PATH/oxiformers [--rounds N] [--threads N] [--only NAME,...]      # of SmolLM2-135M-Instruct
     python schemes.py PATH/oxiformers --ternary                                         # BitNet of 1.0 billion parameters
 
 Needs numpy, gguf and safetensors. Tables of embeddings, which are output layers, too, are half floats in all of them: GGUF
-has them in 8 bits otherwise. GPTQ and AWQ are calibrated with little text: what it is does not change how long a product
-takes. The models of `--ternary` have random weights and the tokenizer of SmolLM2.
+has them in 8 bits otherwise. Those of `--ternary` are loaded with `--quantize-output`: 8 bits for both. GPTQ and AWQ are
+calibrated with little text: what it is does not change how long a product takes. The models of `--ternary` have random
+weights and the tokenizer of SmolLM2.
 """
 
 import argparse
@@ -31,6 +32,10 @@ SCHEMES = {
     "w4a16": ["w4a16", "--block-size", "64"],
     "gptq": ["gptq", "--group-size", "64", "--calibration", "{text}", *SMALL],
     "awq": ["awq", "--group-size", "64", "--calibration", "{text}", *SMALL],
+    "int8": ["int8"],
+    "fp8": ["fp8", "--block-size", "64"],
+    "F16": ["gguf:F16"],
+    "BF16": ["gguf:BF16"],
 }
 
 
@@ -146,11 +151,13 @@ def main():
             names = ["Q4_0", *(name for name in only if name != "Q4_0")]
             models = dict(quantized(args.oxiformers, Path(folder), names))
         rates = {name: [] for name in models}
-        threads = ["--threads", args.threads] if args.threads else []
+        more = ["--threads", args.threads] if args.threads else []
+        if args.ternary:
+            more.append("--quantize-output")
         for _ in range(args.rounds):
             for name, model in models.items():
                 report = json.loads(run(args.oxiformers, "bench", model, "--json", "--rounds", 2, "--batch", 1, "--context", 32,
-                                        "--prompt-tokens", 128, "--new-tokens", args.new_tokens, *threads))
+                                        "--prompt-tokens", 128, "--new-tokens", args.new_tokens, *more))
                 each = {row["what"]: row["tokens_per_s"] for row in report["runs"]}
                 rates[name].append((each["decode"], each["prefill"], report["peak_memory"] / 2**20))
         middle = {name: [statistics.median(column) for column in zip(*all)] for name, all in rates.items()}

@@ -76,6 +76,9 @@ pub struct RunArgs {
         NAMES.join(", ")
     ))]
     pub quantize: Option<String>,
+    /// Hold an output layer that is stored as floats in 8 bits: half as much to read for each token.
+    #[arg(long)]
+    pub quantize_output: bool,
     /// Put a PEFT adapter on the model, perhaps with a weight; may be repeated.
     #[arg(long, value_name = "PATH[=WEIGHT]")]
     pub adapter: Vec<String>,

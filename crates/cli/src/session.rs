@@ -153,6 +153,7 @@ pub fn options(run: &RunArgs) -> anyhow::Result<LoadOptions> {
         device: device::parse(&run.device)?,
         dtype,
         quantization,
+        quantize_output: run.quantize_output,
         adapters: adapters.collect::<anyhow::Result<_>>()?,
         ..LoadOptions::default()
     })

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use crate::cached::codes::sum_each;
 use crate::math;
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads};
@@ -18,7 +19,8 @@ mod rows;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles;
 
-pub(crate) use rows::{Cached, Lines, Packed, Rows};
+pub(crate) use rows::{Cached, Packed, Rows};
+use rows::{Lines, Vectors};
 
 /// Where there are none.
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
@@ -36,8 +38,6 @@ mod tiles {
 const ROWS: usize = 128;
 /// Keys of a block.
 const KEYS: usize = 256;
-/// Keys of a block that are decoded at a time for few queries.
-const DECODED_KEYS: usize = 64;
 /// Tiles of up to so many rows are not worth the packing that a matrix product begins with.
 const FEW: usize = 16;
 /// Multiplications below which nothing is handed to another thread.
@@ -320,10 +320,8 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
             }
         }
 
-        // Few queries are done with a tile before it leaves the nearest cache.
         let few = rows <= FEW;
-        let step = if R::DECODED && few { DECODED_KEYS } else { KEYS };
-        let room = f.k.room(step).max(f.v.room(step));
+        let room = f.k.room(rows).max(f.v.room(rows));
         let mut scratch = SCRATCH.take();
         scratch.resize(scratch.len().max(rows * (dim + KEYS) + room), 0.0);
         let (q, rest) = scratch.split_at_mut(rows * dim);
@@ -336,15 +334,10 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
         }
         for start in keys.clone().step_by(KEYS) {
             let block = start..(start + KEYS).min(keys.end);
-            for first in block.clone().step_by(step) {
-                let k =
-                    f.k.read(simd, [b, kv], first..(first + step).min(block.end), tile);
-                let scores = &mut scores[first - start..];
-                if few {
-                    few_scores(simd, q, rows, k, scores);
-                } else {
-                    many_scores(q, rows, k, scores);
-                }
+            if few {
+                f.k.few_scores(simd, [b, kv], block.clone(), q, scores, tile);
+            } else {
+                many_scores(q, rows, f.k.read(simd, [b, kv], block.clone(), tile), scores);
             }
             for row in 0..rows {
                 let scores = &mut scores[row * KEYS..row * KEYS + block.len()];
@@ -388,15 +381,10 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
                     most[row] = largest;
                 }
             }
-            for first in block.clone().step_by(step) {
-                let v =
-                    f.v.read(simd, [b, kv], first..(first + step).min(block.end), tile);
-                let weights = &scores[first - start..];
-                if few {
-                    few_sums(simd, weights, rows, v, sums);
-                } else {
-                    many_sums(weights, rows, v, sums);
-                }
+            if few {
+                f.v.few_sums(simd, [b, kv], block, scores, &mut sums[..rows * value_dim], tile);
+            } else {
+                many_sums(scores, rows, f.v.read(simd, [b, kv], block, tile), sums);
             }
         }
         SCRATCH.set(scratch);
@@ -420,154 +408,220 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
     }
 }
 
-/// `scores[row, j] = q[row] · k[j]`.
+/// `scores[row, j] = q[row] · k[j]`. Loops, here and below: closures would not be compiled for the machine's vectors.
 #[inline(always)]
-fn few_scores<S: Simd>(simd: S, q: &[f32], rows: usize, k: Lines, scores: &mut [f32]) {
-    let mut row = 0;
-    while row < rows {
-        let scores = &mut scores[row * KEYS..];
-        row += match rows - row {
-            1 => scores_of::<S, 1>(simd, q, row, k, scores),
-            2 => scores_of::<S, 2>(simd, q, row, k, scores),
-            3 => scores_of::<S, 3>(simd, q, row, k, scores),
-            _ => scores_of::<S, 4>(simd, q, row, k, scores),
-        };
-    }
-}
+fn few_scores<S: Simd, const P: usize>(
+    simd: S,
+    q: &[f32],
+    rows: usize,
+    k: impl Vectors<P>,
+    scores: &mut [f32],
+) {
+    struct FewScores<'a, K, const P: usize>(&'a [f32], usize, K, &'a mut [f32]);
 
-/// Those of `R` rows, two keys at a time; returns `R`.
-#[inline(always)]
-fn scores_of<S: Simd, const R: usize>(simd: S, q: &[f32], row: usize, k: Lines, scores: &mut [f32]) -> usize {
-    let q: [&[f32]; R] = std::array::from_fn(|r| &q[(row + r) * k.dim..][..k.dim]);
-    let pairs = k.len / 2;
-    for j in (0..2 * pairs).step_by(2) {
-        let dots = dots(simd, q, [k.row(j), k.row(j + 1)]);
-        for (r, dots) in dots.iter().enumerate() {
-            scores[r * KEYS + j..][..2].copy_from_slice(dots);
+    impl<K: Vectors<P>, const P: usize> pulp::WithSimd for FewScores<'_, K, P> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Self(q, rows, k, scores) = self;
+            let mut row = 0;
+            while row < rows {
+                let scores = &mut scores[row * KEYS..];
+                row += match rows - row {
+                    1 => scores_of::<S, 1, P>(simd, q, row, k, scores),
+                    2 => scores_of::<S, 2, P>(simd, q, row, k, scores),
+                    3 => scores_of::<S, 3, P>(simd, q, row, k, scores),
+                    _ => scores_of::<S, 4, P>(simd, q, row, k, scores),
+                };
+            }
         }
     }
-    if 2 * pairs < k.len {
-        for (r, [dot]) in dots(simd, q, [k.row(k.len - 1)]).into_iter().enumerate() {
-            scores[r * KEYS + 2 * pairs] = dot;
+
+    // A function for each kind of rows, however often it is called.
+    simd.vectorize(FewScores(q, rows, k, scores));
+}
+
+/// Those of `R` rows, four keys at a time; returns `R`.
+#[inline(always)]
+fn scores_of<S: Simd, const R: usize, const P: usize>(
+    simd: S,
+    q: &[f32],
+    row: usize,
+    k: impl Vectors<P>,
+    scores: &mut [f32],
+) -> usize {
+    let width = k.width();
+    let q: [[&[f32]; P]; R] =
+        std::array::from_fn(|r| std::array::from_fn(|p| &q[((row + r) * P + p) * width..][..width]));
+    let fours = k.len() - k.len() % 4;
+    for j in (0..fours).step_by(4) {
+        let sums = dots::<S, R, 4, P, _>(simd, q, k, j);
+        for r in 0..R {
+            scores[r * KEYS + j..][..4].copy_from_slice(&sum_each(simd, sums[r]));
+        }
+    }
+    for j in fours..k.len() {
+        let sums = dots::<S, R, 1, P, _>(simd, q, k, j);
+        for r in 0..R {
+            scores[r * KEYS + j] = simd.reduce_sum_f32s(sums[r][0]);
         }
     }
     R
 }
 
-/// `q[r] · k[j]`. Loops, here and below: closures would not be compiled for the machine's vectors.
+/// `q[r] · k[first + j]`, not yet summed up across lanes.
 #[inline(always)]
-fn dots<S: Simd, const R: usize, const J: usize>(simd: S, q: [&[f32]; R], k: [&[f32]; J]) -> [[f32; J]; R] {
-    let dim = k[0].len();
+fn dots<S: Simd, const R: usize, const J: usize, const P: usize, K: Vectors<P>>(
+    simd: S,
+    q: [[&[f32]; P]; R],
+    k: K,
+    first: usize,
+) -> [[S::f32s; J]; R] {
+    let (width, lanes) = (k.width(), S::F32_LANES);
+    let k: [&[K::Stored]; J] = std::array::from_fn(|j| k.row(first + j));
     let mut sums = [[simd.splat_f32s(0.0); J]; R];
-    let whole = dim - dim % S::F32_LANES;
-    for at in (0..whole).step_by(S::F32_LANES) {
+    let whole = width - width % lanes;
+    for at in (0..whole).step_by(lanes) {
         for j in 0..J {
-            let k = load(simd, k[j], at);
-            for r in 0..R {
-                sums[r][j] = simd.mul_add_e_f32s(load(simd, q[r], at), k, sums[r][j]);
+            let k = K::load(simd, &k[j][at..at + lanes]);
+            for p in 0..P {
+                for r in 0..R {
+                    sums[r][j] = simd.mul_add_e_f32s(load(simd, &q[r][p][at..at + lanes]), k[p], sums[r][j]);
+                }
             }
         }
     }
-    if whole < dim {
+    if whole < width {
         for j in 0..J {
-            let k = simd.partial_load_f32s(&k[j][whole..]);
-            for r in 0..R {
-                let q = simd.partial_load_f32s(&q[r][whole..]);
-                sums[r][j] = simd.mul_add_e_f32s(q, k, sums[r][j]);
+            let k = K::load(simd, &k[j][whole..]);
+            for p in 0..P {
+                for r in 0..R {
+                    sums[r][j] = simd.mul_add_e_f32s(load(simd, &q[r][p][whole..]), k[p], sums[r][j]);
+                }
             }
         }
     }
-    let mut dots = [[0.0; J]; R];
-    for r in 0..R {
-        for j in 0..J {
-            dots[r][j] = simd.reduce_sum_f32s(sums[r][j]);
-        }
-    }
-    dots
+    sums
 }
 
-/// The vector that begins at `at`.
+/// As many values as a vector has, or fewer, filled up with zeros.
 #[inline(always)]
-fn load<S: Simd>(_: S, x: &[f32], at: usize) -> S::f32s {
-    S::as_simd_f32s(&x[at..at + S::F32_LANES]).0[0]
+fn load<S: Simd>(simd: S, x: &[f32]) -> S::f32s {
+    match S::as_simd_f32s(x) {
+        ([x, ..], _) => *x,
+        (_, rest) => simd.partial_load_f32s(rest),
+    }
+}
+
+/// The inverse of [`load`].
+#[inline(always)]
+fn store<S: Simd>(simd: S, values: S::f32s, to: &mut [f32]) {
+    match S::as_mut_simd_f32s(to) {
+        ([to, ..], _) => *to = values,
+        (_, rest) => simd.partial_store_f32s(rest, values),
+    }
 }
 
 /// `sums[row] += Σⱼ weights[row, j] · v[j]`.
 #[inline(always)]
-fn few_sums<S: Simd>(simd: S, weights: &[f32], rows: usize, v: Lines, sums: &mut [f32]) {
-    let mut row = 0;
-    while row < rows {
-        let weights = &weights[row * KEYS..];
-        let sums = &mut sums[row * v.dim..];
-        row += match rows - row {
-            1 => sums_of::<S, 1>(simd, weights, v, sums),
-            2 => sums_of::<S, 2>(simd, weights, v, sums),
-            3 => sums_of::<S, 3>(simd, weights, v, sums),
-            _ => sums_of::<S, 4>(simd, weights, v, sums),
-        };
+fn few_sums<S: Simd, const P: usize>(
+    simd: S,
+    weights: &[f32],
+    rows: usize,
+    v: impl Vectors<P>,
+    sums: &mut [f32],
+) {
+    struct FewSums<'a, V, const P: usize>(&'a [f32], usize, V, &'a mut [f32]);
+
+    impl<V: Vectors<P>, const P: usize> pulp::WithSimd for FewSums<'_, V, P> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Self(weights, rows, v, sums) = self;
+            let mut row = 0;
+            while row < rows {
+                let weights = &weights[row * KEYS..];
+                let sums = &mut sums[row * P * v.width()..];
+                row += match rows - row {
+                    1 => sums_of::<S, 1, P, _>(simd, weights, v, sums),
+                    2 => sums_of::<S, 2, P, _>(simd, weights, v, sums),
+                    3 => sums_of::<S, 3, P, _>(simd, weights, v, sums),
+                    _ => sums_of::<S, 4, P, _>(simd, weights, v, sums),
+                };
+            }
+        }
     }
+
+    simd.vectorize(FewSums(weights, rows, v, sums));
 }
 
 /// Those of `R` rows; returns `R`.
 #[inline(always)]
-fn sums_of<S: Simd, const R: usize>(simd: S, weights: &[f32], v: Lines, sums: &mut [f32]) -> usize {
-    let weights: [&[f32]; R] = std::array::from_fn(|r| &weights[r * KEYS..][..v.len]);
-    let mut column = 0;
-    while column < v.dim {
-        let left = (v.dim - column) / S::F32_LANES;
-        let sums = &mut sums[column..];
-        column += match left {
-            0 => columns_of::<S, R, 1, true>(simd, weights, v, column, sums),
-            1..4 => columns_of::<S, R, 1, false>(simd, weights, v, column, sums),
-            _ => columns_of::<S, R, 4, false>(simd, weights, v, column, sums),
+fn sums_of<S: Simd, const R: usize, const P: usize, V: Vectors<P>>(
+    simd: S,
+    weights: &[f32],
+    v: V,
+    sums: &mut [f32],
+) -> usize {
+    let weights: [&[f32]; R] = std::array::from_fn(|r| &weights[r * KEYS..][..v.len()]);
+    let mut at = 0;
+    while at < v.width() {
+        at += match ((v.width() - at) / S::F32_LANES, P) {
+            (0, _) => columns_of::<S, R, 1, P, true, V>(simd, weights, v, at, sums),
+            (4.., 1) => columns_of::<S, R, 4, P, false, V>(simd, weights, v, at, sums),
+            (2.., 2) => columns_of::<S, R, 2, P, false, V>(simd, weights, v, at, sums),
+            _ => columns_of::<S, R, 1, P, false, V>(simd, weights, v, at, sums),
         };
     }
     R
 }
 
-/// Those of `C` vectors of columns, or of one that is `PARTIAL`ly filled; returns the number of columns.
+/// Those of `C` vectors of columns in each part, or of one that is `PARTIAL`ly filled; returns the number of columns.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
-fn columns_of<S: Simd, const R: usize, const C: usize, const PARTIAL: bool>(
+fn columns_of<S: Simd, const R: usize, const C: usize, const P: usize, const PARTIAL: bool, V: Vectors<P>>(
     simd: S,
     weights: [&[f32]; R],
-    v: Lines,
-    column: usize,
+    v: V,
+    at: usize,
     sums: &mut [f32],
 ) -> usize {
-    let dim = v.dim;
-    let lanes = S::F32_LANES;
-    let width = if PARTIAL { dim - column } else { C * lanes };
-    let mut totals = [[simd.splat_f32s(0.0); C]; R];
+    let (width, lanes) = (v.width(), S::F32_LANES);
+    let columns = if PARTIAL { width - at } else { C * lanes };
+    let ends = |c: usize| c * lanes..if PARTIAL { columns } else { (c + 1) * lanes };
+    let place = |r: usize, p: usize| (r * P + p) * width + at;
+    let mut totals = [[[simd.splat_f32s(0.0); P]; C]; R];
     for r in 0..R {
-        for c in 0..C {
-            totals[r][c] = match PARTIAL {
-                true => simd.partial_load_f32s(&sums[r * dim..][..width]),
-                false => load(simd, &sums[r * dim..], c * lanes),
-            };
-        }
-    }
-    for j in 0..weights[0].len() {
-        let v = &v.row(j)[column..column + width];
-        for c in 0..C {
-            let v = match PARTIAL {
-                true => simd.partial_load_f32s(v),
-                false => load(simd, v, c * lanes),
-            };
-            for r in 0..R {
-                totals[r][c] = simd.mul_add_e_f32s(simd.splat_f32s(weights[r][j]), v, totals[r][c]);
+        for p in 0..P {
+            let sums = &sums[place(r, p)..][..columns];
+            for c in 0..C {
+                totals[r][c][p] = load(simd, &sums[ends(c)]);
             }
         }
     }
-    for (r, totals) in totals.iter().enumerate() {
-        let sums = &mut sums[r * dim..][..width];
-        if PARTIAL {
-            simd.partial_store_f32s(sums, totals[0]);
-        } else {
-            S::as_mut_simd_f32s(sums).0.copy_from_slice(totals);
+    for j in 0..v.len() {
+        let v = &v.row(j)[at..at + columns];
+        for c in 0..C {
+            let v = V::load(simd, &v[ends(c)]);
+            for r in 0..R {
+                let weight = simd.splat_f32s(weights[r][j]);
+                for p in 0..P {
+                    totals[r][c][p] = simd.mul_add_e_f32s(weight, v[p], totals[r][c][p]);
+                }
+            }
         }
     }
-    width
+    for r in 0..R {
+        for p in 0..P {
+            let sums = &mut sums[place(r, p)..][..columns];
+            for c in 0..C {
+                store(simd, totals[r][c][p], &mut sums[ends(c)]);
+            }
+        }
+    }
+    columns
 }
 
 /// Like [`few_scores`], as a matrix product.

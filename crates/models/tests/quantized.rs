@@ -114,6 +114,30 @@ fn recipe(method: &str, skip: &[&str]) -> Recipe {
     config.into()
 }
 
+/// Output layers in 8 bits, one with a matrix of its own and one that shares the table of embeddings.
+#[test]
+fn output_layers_of_8_bits() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    for name in ["llama", "qwen3-window"] {
+        let files = ModelFiles::from_dir(&root.join(name)).unwrap();
+        let reference = Reference::open(&root.join(name));
+        let of = |quantize_output| {
+            let options = LoadOptions {
+                quantize_output,
+                ..LoadOptions::default()
+            };
+            logits(&files, &reference, &options)
+        };
+        let floats = of(false);
+        let size = floats.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+        let difference = largest_difference(&of(true), &floats);
+        assert!(
+            (1e-4 * size..2e-2 * size).contains(&difference),
+            "{name}: {difference} of {size}"
+        );
+    }
+}
+
 /// A model that is quantized while it is loaded, and one that was written quantized, are the same.
 #[test]
 fn written_and_loaded_as_quantized_while_loading() {

@@ -110,13 +110,12 @@ impl<L: DecoderLayer> Decoder<L> {
             }
             None => None,
         };
-        let lm_head = if w.without_output {
+        let mut lm_head = if w.without_output {
             Linear::from_matrix(embed_tokens.weight.clone())
         } else if config.tie_word_embeddings {
             // Some checkpoints store the shared weight twice.
             w.ignore(|name| name == format!("{}.weight", config.lm_head));
             let mut head = embed_tokens.tied_output(&w.pp(&config.lm_head))?;
-            w.will_multiply(&head.weight);
             if config.lm_head_bias {
                 head.bias = Some(w.pp(&config.lm_head).param(
                     "bias",
@@ -133,6 +132,9 @@ impl<L: DecoderLayer> Decoder<L> {
                 config.lm_head_bias,
             )?
         };
+        if !w.without_output {
+            lm_head.weight = w.pp(&config.lm_head).output(lm_head.weight)?;
+        }
         Ok(Self {
             stack: Stack {
                 embed_scale: config.embedding_scale,

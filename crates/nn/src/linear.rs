@@ -99,6 +99,13 @@ impl Matrix {
         }
     }
 
+    /// The same matrix in another storage format.
+    #[must_use]
+    pub(crate) fn stored_as(mut self, matrix: Arc<dyn PackedMatrix>) -> Self {
+        self.packed = Some(matrix);
+        self
+    }
+
     /// The same matrix, whose inputs `observer` sees under `name`.
     #[must_use]
     pub fn observed(mut self, name: &str, observer: Option<&Arc<dyn Observer>>) -> Self {

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use oxiformers_hub::checkpoint::gguf::GgmlType;
 use oxiformers_hub::checkpoint::{DType, TensorView};
+use oxiformers_quant::ggml::GgmlMatrix;
 use oxiformers_quant::{Dense, Parts, Scheme};
 
 use crate::linear::{Input, Matrix};
@@ -211,6 +213,25 @@ impl Weights {
         self.with_input(full, matrix, scheme.as_ref()).map(Some)
     }
 
+    /// The matrix of the output layer at `self`, which there will be products with: in 8 bits if so wanted, and if it was
+    /// floats.
+    pub(crate) fn output(&self, mut matrix: Matrix) -> Result<Matrix> {
+        let options = &self.shared.options;
+        let wanted = options.quantize_output && options.survey.is_none();
+        if let Some(floats) = matrix
+            .as_packed()
+            .filter(|packed| wanted && is_float(packed.scheme()))
+        {
+            let narrowed = GgmlMatrix::narrowed(GgmlType::Q8_0, floats.as_ref());
+            let narrowed = narrowed.map_err(|error| self.wrong(&self.full("weight"), error.to_string()))?;
+            if let Some(narrowed) = narrowed {
+                matrix = matrix.stored_as(Arc::new(narrowed));
+            }
+        }
+        self.will_multiply(&matrix);
+        Ok(matrix)
+    }
+
     fn wrong(&self, full: &str, reason: String) -> Error {
         Error::Quantization {
             origin: self.origin(),
@@ -218,6 +239,11 @@ impl Weights {
             reason,
         }
     }
+}
+
+/// Whether a matrix of this [scheme](oxiformers_quant::PackedMatrix::scheme) is made of floats as they are.
+fn is_float(scheme: &str) -> bool {
+    matches!(scheme, "F32" | "F16" | "BF16")
 }
 
 /// One of `count` matrices that are stored together.

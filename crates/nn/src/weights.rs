@@ -101,6 +101,10 @@ pub struct LoadOptions {
     pub seed: u64,
     /// Whether adapters are merged into the weights, which are floats then. They cannot be switched any more.
     pub merge_adapters: bool,
+    /// Whether output layers that are stored as floats are held in 8 bits (GGUF's Q8_0), where the device multiplies with
+    /// these: half of the bytes to read for each token, which is most of them where other layers have few bits. Tables that
+    /// output layers share stay as they are, and are only looked up then.
+    pub quantize_output: bool,
 }
 
 impl Default for LoadOptions {
@@ -118,6 +122,7 @@ impl Default for LoadOptions {
             ignore_mismatched_sizes: false,
             seed: 0,
             merge_adapters: false,
+            quantize_output: false,
         }
     }
 }

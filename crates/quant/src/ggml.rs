@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use oxiformers_hub::checkpoint::gguf::GgmlType;
-use oxiformers_kernels::ggml::{self, GgmlRows};
+use oxiformers_kernels::ggml::{self, GgmlRows, QuantizeError};
 use oxiformers_kernels::int8::{CodeRows, Int8Matrix};
 use oxiformers_kernels::{Form, PackedMatrix};
 
@@ -37,6 +37,28 @@ impl GgmlMatrix {
             data,
             int8: Arc::default(),
         })
+    }
+
+    /// The values of another matrix in blocks of `ty`; `None` where its rows are no whole number of blocks.
+    ///
+    /// # Errors
+    /// A value that blocks have no place for; its row is counted from a multiple of 256 on.
+    pub fn narrowed(ty: GgmlType, from: &dyn PackedMatrix) -> Result<Option<Self>, QuantizeError> {
+        let [rows, columns] = from.shape();
+        if columns == 0 || !columns.is_multiple_of(ty.block_size()) {
+            return Ok(None);
+        }
+        let row_bytes = columns / ty.block_size() * ty.type_size();
+        let mut data = vec![0; rows * row_bytes];
+        // So many at a time that their floats take little memory.
+        let mut values = vec![0.0; rows.min(256) * columns];
+        for (index, data) in data.chunks_mut(256 * row_bytes).enumerate() {
+            let (first, count) = (256 * index, data.len() / row_bytes);
+            let values = &mut values[..count * columns];
+            from.dequantize_rows(first..first + count, values);
+            ggml::quantize(ty, values, columns, None, data)?;
+        }
+        Ok(Self::new(ty, [rows, columns], data.into()))
     }
 }
 

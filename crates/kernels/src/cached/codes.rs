@@ -84,11 +84,59 @@ fn decode_part<S: Simd, const BITS: usize, L: Line>(
     }
 }
 
+/// The codes in as many bytes as a vector has values, or in fewer; for each part of a segment a vector, filled up with
+/// zeros.
+#[inline(always)]
+pub(crate) fn load_codes<S: Simd, const P: usize>(simd: S, bytes: &[u8]) -> [S::f32s; P] {
+    let bits = 8 / P;
+    let mask = ((1 << bits) - 1) as u8;
+    let mut vectors = [simd.splat_f32s(0.0); P];
+    #[cfg(target_arch = "x86_64")]
+    if bytes.len() == x86::width(simd) {
+        for (part, vector) in vectors.iter_mut().enumerate() {
+            // SAFETY: the processor has what `simd` stands for, and so many codes follow.
+            *vector = unsafe { x86::load_codes(simd, bytes.as_ptr(), [part * bits, mask.into()]) };
+        }
+        return vectors;
+    }
+    for (part, vector) in vectors.iter_mut().enumerate() {
+        let mut values = [0.0; MOST];
+        for (value, byte) in values.iter_mut().zip(bytes) {
+            *value = f32::from(byte >> (part * bits) & mask);
+        }
+        *vector = S::as_simd_f32s(&values).0[0];
+    }
+    vectors
+}
+
+/// As many numbers in half precision as a vector has values, or fewer, filled up with zeros.
+#[inline(always)]
+pub(crate) fn load_halves<S: Simd>(simd: S, halves: &[u16]) -> S::f32s {
+    let mut values = [0.0; MOST];
+    widen_all(simd, halves, &mut values);
+    S::as_simd_f32s(&values).0[0]
+}
+
+/// The sum over the lanes of each vector.
+#[inline(always)]
+pub(crate) fn sum_each<S: Simd>(simd: S, vectors: [S::f32s; 4]) -> [f32; 4] {
+    #[cfg(target_arch = "x86_64")]
+    if x86::width(simd) == S::F32_LANES {
+        // SAFETY: the processor has what `simd` stands for.
+        return unsafe { x86::sum_each(simd, vectors) };
+    }
+    vectors.map(|vector| simd.reduce_sum_f32s(vector))
+}
+
+/// Most values of a vector.
+const MOST: usize = 16;
+
 /// Bytes to vectors of values.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::any::TypeId;
     use std::arch::x86_64::*;
+    use std::mem::transmute_copy;
 
     use pulp::Simd;
     use pulp::x86::{V3, V4};
@@ -144,6 +192,59 @@ mod x86 {
                 _mm256_storeu_ps(out, _mm256_add_ps(x, _mm256_loadu_ps(minimums.as_ptr())));
                 8
             }
+        }
+    }
+
+    /// As many bytes as a vector has values, shifted to the right and masked.
+    ///
+    /// # Safety
+    /// `S` stands for a processor with vectors, this one; so many bytes can be read.
+    #[inline(always)]
+    pub unsafe fn load_codes<S: Simd>(_: S, bytes: *const u8, [shift, mask]: [usize; 2]) -> S::f32s {
+        let (shift, mask) = (shift as u32, mask as i32);
+        // SAFETY: the caller's; what is transmuted is the vector of `S`.
+        unsafe {
+            if is::<S, V4>() {
+                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.cast()));
+                let codes = _mm512_srlv_epi32(codes, _mm512_set1_epi32(shift as i32));
+                let codes = _mm512_and_si512(codes, _mm512_set1_epi32(mask));
+                transmute_copy(&_mm512_cvtepi32_ps(codes))
+            } else {
+                let codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes.cast()));
+                let codes = _mm256_srlv_epi32(codes, _mm256_set1_epi32(shift as i32));
+                let codes = _mm256_and_si256(codes, _mm256_set1_epi32(mask));
+                transmute_copy(&_mm256_cvtepi32_ps(codes))
+            }
+        }
+    }
+
+    /// The sum over the lanes of each vector.
+    ///
+    /// # Safety
+    /// `S` stands for a processor with vectors, this one.
+    #[inline(always)]
+    pub unsafe fn sum_each<S: Simd>(_: S, vectors: [S::f32s; 4]) -> [f32; 4] {
+        // SAFETY: the caller's; what is transmuted are vectors of `S`.
+        unsafe {
+            let halves = if is::<S, V4>() {
+                let [a, b, c, d]: [__m512; 4] = transmute_copy(&vectors);
+                // In each quarter the sums of pairs, then all four of them.
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                let low = _mm512_shuffle_ps(ab, cd, 0b01_00_01_00);
+                let high = _mm512_shuffle_ps(ab, cd, 0b11_10_11_10);
+                let sums = _mm512_castps_pd(_mm512_add_ps(low, high));
+                let half = _mm512_extractf64x4_pd(sums, 1);
+                _mm256_add_ps(
+                    _mm256_castpd_ps(_mm512_castpd512_pd256(sums)),
+                    _mm256_castpd_ps(half),
+                )
+            } else {
+                let [a, b, c, d]: [__m256; 4] = transmute_copy(&vectors);
+                _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d))
+            };
+            let quarter = _mm256_extractf128_ps(halves, 1);
+            transmute_copy(&_mm_add_ps(_mm256_castps256_ps128(halves), quarter))
         }
     }
 

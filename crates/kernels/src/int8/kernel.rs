@@ -1,43 +1,68 @@
 //! A tile of weights times rows of activations.
 
-use super::codes::{Shape, ShiftKind, WIDE};
+use super::codes::{Kind, Shape, ShiftKind, WIDE};
 use super::simd::{Simd, Split};
 use super::{Activations, BLOCK, TILE, Tile, batches, planes};
+
+/// Rows of activations as kernels for few rows take them.
+pub(super) trait Rows {
+    /// Their number.
+    fn rows(&self) -> usize;
+
+    /// Whether there are kernels for a kind of codes.
+    fn take(kind: Kind) -> bool;
+
+    /// Writes the products of a tile with the `M` rows from `first` on.
+    ///
+    /// # Safety
+    /// See [`Kernel`]; the rows are one of the [batches].
+    unsafe fn batch<S: Simd, K: Shape, const M: usize>(&self, tile: &Tile, first: usize);
+}
 
 /// Writes the products of a tile with every row of activations.
 ///
 /// # Safety
-/// The tile is of the kernel's kind and has as many blocks as the activations, and 16 factors; its output has room for
-/// all rows; the processor has the kernel's instructions.
-pub(super) type Kernel = unsafe fn(tile: &Tile, x: &Activations);
+/// The tile is of the kernel's kind, which the rows [take](Rows::take), and has as many blocks as the activations, and 16
+/// factors; its output has room for all rows; the processor has the kernel's instructions.
+pub(super) type Kernel<X> = unsafe fn(tile: &Tile, x: &X);
 
 /// The kernel for few rows.
-#[derive(Clone, Copy)]
-pub(super) struct Few {
-    pub multiply: Kernel,
+pub(super) struct Few<X = Activations> {
+    pub multiply: Kernel<X>,
     /// How it takes activations.
     pub split: Split,
     /// The largest of its [batches].
     pub most: usize,
 }
 
+impl<X> Clone for Few<X> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<X> Copy for Few<X> {}
+
 macro_rules! kernel {
     ($name:ident, $simd:ty $(, $features:literal)?) => {
         pub(super) mod $name {
             use super::*;
 
-            pub(in crate::int8) fn few<K: Shape>() -> Few {
+            pub(in crate::int8) fn few<K: Shape, X: Rows>() -> Few<X> {
                 Few {
-                    multiply: multiply::<K>,
+                    multiply: multiply::<K, X>,
                     split: <$simd>::SPLIT,
                     most: <$simd>::MOST,
                 }
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn multiply<K: Shape>(tile: &Tile, x: &Activations) {
-                // SAFETY: the caller's; the features are enabled here.
-                unsafe { all_rows::<$simd, K>(tile, x) }
+            unsafe fn multiply<K: Shape, X: Rows>(tile: &Tile, x: &X) {
+                // Of other kinds nothing is compiled.
+                if X::take(K::KIND) {
+                    // SAFETY: the caller's; the features are enabled here.
+                    unsafe { all_rows::<$simd, K, X>(tile, x) }
+                }
             }
         }
     };
@@ -58,22 +83,38 @@ kernel!(scalar, crate::int8::simd::Scalar);
 /// # Safety
 /// See [`Kernel`].
 #[inline(always)]
-unsafe fn all_rows<S: Simd, K: Shape>(tile: &Tile, x: &Activations) {
+unsafe fn all_rows<S: Simd, K: Shape, X: Rows>(tile: &Tile, x: &X) {
     // SAFETY: the caller's; the batches are those of `x`.
     unsafe {
-        for (first, rows) in batches(x.rows, S::MOST) {
+        for (first, rows) in batches(x.rows(), S::MOST) {
             match rows {
-                8 if S::MOST >= 8 => batch::<S, K, 8>(tile, x, first),
-                4 if S::MOST >= 4 => batch::<S, K, 4>(tile, x, first),
-                2 if S::MOST >= 2 => batch::<S, K, 2>(tile, x, first),
-                _ => batch::<S, K, 1>(tile, x, first),
+                8 if S::MOST >= 8 => x.batch::<S, K, 8>(tile, first),
+                4 if S::MOST >= 4 => x.batch::<S, K, 4>(tile, first),
+                2 if S::MOST >= 2 => x.batch::<S, K, 2>(tile, first),
+                _ => x.batch::<S, K, 1>(tile, first),
             }
         }
     }
 }
 
+impl Rows for Activations {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn take(_: Kind) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    unsafe fn batch<S: Simd, K: Shape, const M: usize>(&self, tile: &Tile, first: usize) {
+        // SAFETY: the caller's.
+        unsafe { batch::<S, K, M>(tile, self, first) }
+    }
+}
+
 /// # Safety
-/// See [`Kernel`]; the `M` rows from `first` on are a batch of `x`.
+/// See [`Rows::batch`].
 #[inline(always)]
 unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations, first: usize) {
     let plan = &tile.weight.plan;

@@ -5,7 +5,7 @@ use super::codes::{Kind, Shape, WIDE};
 use super::kernel::{self, Few};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::tiles::{Tiled, tiled};
-use super::whole::{self, Whole};
+use super::whole::WholeActivations;
 use super::wide::{self, Wide};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use crate::amx;
@@ -15,7 +15,7 @@ use crate::amx;
 pub(super) struct Kernels {
     pub few: Few,
     pub wide: Wide,
-    pub whole: Whole,
+    pub whole: Few<WholeActivations>,
     /// Where the processor has matrix tiles.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub tiled: Option<Tiled>,
@@ -39,9 +39,9 @@ macro_rules! levels {
             fn of<K: Shape>(self) -> Kernels {
                 match self {
                     $($(#[$attribute])* Self::$level => Kernels {
-                        few: kernel::$module::few::<K>(),
+                        few: kernel::$module::few::<K, _>(),
                         wide: wide::$module::wide::<K>(),
-                        whole: whole::$module::whole::<K>(),
+                        whole: kernel::$module::few::<K, _>(),
                         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                         tiled: (self == Self::Amx).then(tiled::<K>),
                     },)*

@@ -4,7 +4,7 @@
 //! Where rows of weights have one scale, too, nothing is scaled before a row ends: what is summed up are whole numbers.
 
 use super::codes::{Kind, Plan, Shape, ShiftKind, WIDE};
-use super::kernel::step;
+use super::kernel::{Few, Rows, step};
 use super::simd::{Simd, Split};
 use super::{BLOCK, ROUND, Tile, batches};
 
@@ -20,22 +20,6 @@ pub(super) struct WholeActivations {
     /// Sums of codes.
     sums: Vec<i32>,
 }
-
-/// The kernel for any number of rows.
-#[derive(Clone, Copy)]
-pub(super) struct Whole {
-    /// How it takes activations.
-    pub split: Split,
-    /// The largest of its [batches].
-    pub most: usize,
-    pub multiply: Multiply,
-}
-
-/// Writes the products of a tile with every row of activations.
-///
-/// # Safety
-/// As for [`Kernel`](super::kernel::Kernel); besides, [`Plan::is_whole`] holds for the tile.
-pub(super) type Multiply = unsafe fn(tile: &Tile, x: &WholeActivations);
 
 impl Kind {
     /// Whether there are kernels for this kind.
@@ -53,97 +37,52 @@ impl Plan {
     }
 }
 
-macro_rules! kernel {
-    ($name:ident, $simd:ty $(, $features:literal)?) => {
-        pub(super) mod $name {
-            use super::*;
-
-            pub(in crate::int8) fn whole<K: Shape>() -> Whole {
-                Whole {
-                    split: <$simd>::SPLIT,
-                    most: <$simd>::MOST,
-                    multiply: multiply::<K>,
-                }
-            }
-
-            $(#[target_feature(enable = $features)])?
-            unsafe fn multiply<K: Shape>(tile: &Tile, x: &WholeActivations) {
-                // Of other kinds nothing is compiled.
-                if K::KIND.can_be_whole() {
-                    // SAFETY: the caller's; the features are enabled here.
-                    unsafe { all_rows::<$simd, K>(tile, x) }
-                }
-            }
-        }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-kernel!(avx512, crate::int8::simd::Avx512, "avx512f,avx512bw,avx512vnni");
-#[cfg(target_arch = "x86_64")]
-kernel!(avx2, crate::int8::simd::Avx2, "avx2,fma,f16c");
-#[cfg(target_arch = "aarch64")]
-kernel!(dot_prod, crate::int8::simd::DotProd, "neon,dotprod");
-#[cfg(target_arch = "aarch64")]
-kernel!(neon, crate::int8::simd::Neon, "neon");
-#[cfg(all(target_arch = "wasm32", target_feature = "simd128"))]
-kernel!(simd128, crate::int8::simd::Simd128, "simd128");
-kernel!(scalar, crate::int8::simd::Scalar);
-
-/// # Safety
-/// See [`Multiply`].
-#[inline(always)]
-unsafe fn all_rows<S: Simd, K: Shape>(tile: &Tile, x: &WholeActivations) {
-    // SAFETY: the caller's; the batches are those of `x`.
-    unsafe {
-        for (first, rows) in batches(x.rows, S::MOST) {
-            match rows {
-                8 if S::MOST >= 8 => batch::<S, K, 8>(tile, x, first),
-                4 if S::MOST >= 4 => batch::<S, K, 4>(tile, x, first),
-                2 if S::MOST >= 2 => batch::<S, K, 2>(tile, x, first),
-                _ => batch::<S, K, 1>(tile, x, first),
-            }
-        }
+impl Rows for WholeActivations {
+    fn rows(&self) -> usize {
+        self.rows
     }
-}
 
-/// # Safety
-/// See [`Multiply`]; the `M` rows from `first` on are a batch of `x`.
-#[inline(always)]
-unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &WholeActivations, first: usize) {
-    let plan = &tile.weight.plan;
-    let full = K::KIND.bits == 8;
-    let offset = plan.offset - if full { S::BIAS } else { 0 };
-    let four = M * step_bytes(S::SPLIT);
-    // So many sums that no product waits for the one before it, and registers have room for all.
-    let apart = const { if M < 8 { 4 / M } else { 1 } };
-    // SAFETY: all offsets stay within the tile, which is as `Plan` says, and the rows `first..first + M`.
-    unsafe {
-        let mut codes = x.codes.as_ptr().add(first * x.row_bytes);
-        let mut sums = [[S::splat(0); M]; 4];
-        for (sum, row) in sums[0].iter_mut().zip(&x.sums[first..first + M]) {
-            *sum = S::splat(-offset * row);
-        }
-        let mut at = tile.codes.as_ptr();
-        let scale = S::load_float(at.cast());
-        at = at.add(K::HEAD_BYTES);
-        macro_rules! steps {
-            ($($step:literal)*) => {$(
-                let w = step::<S, $step>(at, K::KIND.bits);
-                S::dots_whole::<M>(&mut sums[$step % apart], w, codes.add($step * four), full);
-            )*};
-        }
-        for _ in 0..plan.blocks {
-            steps!(0 1 2 3 4 5 6 7);
-            at = at.add(K::BLOCK_BYTES);
-            codes = codes.add(8 * four);
-        }
-        let scale = S::mul(scale, S::load_float(tile.factors.as_ptr()));
-        let [a, b, c, d] = sums;
-        for (m, (((a, b), c), d)) in a.into_iter().zip(b).zip(c).zip(d).enumerate() {
-            let sum = S::add_sums(S::add_sums(a, b), S::add_sums(c, d));
-            let values = S::mul(S::to_float(sum), scale);
-            tile.store::<S>(S::scale_add(values, x.scales[first + m], S::zero()), first + m);
+    fn take(kind: Kind) -> bool {
+        kind.can_be_whole()
+    }
+
+    /// Of a tile for which [`Plan::is_whole`] holds.
+    #[inline(always)]
+    unsafe fn batch<S: Simd, K: Shape, const M: usize>(&self, tile: &Tile, first: usize) {
+        let plan = &tile.weight.plan;
+        let full = K::KIND.bits == 8;
+        let offset = plan.offset - if full { S::BIAS } else { 0 };
+        let four = M * step_bytes(S::SPLIT);
+        // So many sums that no product waits for the one before it, and registers have room for all.
+        let apart = const { if M < 8 { 4 / M } else { 1 } };
+        // SAFETY: all offsets stay within the tile, which is as `Plan` says, and the rows `first..first + M`.
+        unsafe {
+            let mut codes = self.codes.as_ptr().add(first * self.row_bytes);
+            let mut sums = [[S::splat(0); M]; 4];
+            for (sum, row) in sums[0].iter_mut().zip(&self.sums[first..first + M]) {
+                *sum = S::splat(-offset * row);
+            }
+            let mut at = tile.codes.as_ptr();
+            let scale = S::load_float(at.cast());
+            at = at.add(K::HEAD_BYTES);
+            macro_rules! steps {
+                ($($step:literal)*) => {$(
+                    let w = step::<S, $step>(at, K::KIND.bits);
+                    S::dots_whole::<M>(&mut sums[$step % apart], w, codes.add($step * four), full);
+                )*};
+            }
+            for _ in 0..plan.blocks {
+                steps!(0 1 2 3 4 5 6 7);
+                at = at.add(K::BLOCK_BYTES);
+                codes = codes.add(8 * four);
+            }
+            let scale = S::mul(scale, S::load_float(tile.factors.as_ptr()));
+            let [a, b, c, d] = sums;
+            for (m, (((a, b), c), d)) in a.into_iter().zip(b).zip(c).zip(d).enumerate() {
+                let sum = S::add_sums(S::add_sums(a, b), S::add_sums(c, d));
+                let values = S::mul(S::to_float(sum), scale);
+                tile.store::<S>(S::scale_add(values, self.scales[first + m], S::zero()), first + m);
+            }
         }
     }
 }
@@ -182,7 +121,7 @@ pub(super) fn quantize_row(x: &[f32], codes: &mut [i8]) -> (i32, f32) {
 
 impl WholeActivations {
     /// Quantizes `x` `[rows, cols]`, `cols` a multiple of 32, to 8 bits.
-    pub fn quantize(x: &[f32], cols: usize, whole: Whole) -> Self {
+    pub fn quantize(x: &[f32], cols: usize, whole: Few<Self>) -> Self {
         let rows = x.len() / cols.max(1);
         let row_bytes = cols / 4 * step_bytes(whole.split);
         let mut all = Self {

@@ -1,7 +1,8 @@
 //! A tile of weights times many rows of activations.
 //!
 //! The codes of the tile are widened to 16 bits once for all rows, and multiplied with activations of 16 bits: one
-//! product where the kernels for few rows take two, and nothing to unpack between them.
+//! product where the kernels for few rows take two, or four, and nothing to unpack between them. Values of a table have 14
+//! of them: the sums of half a block fit 32 bits.
 
 use super::codes::{Shape, ShiftKind, WIDE};
 use super::kernel::step;
@@ -26,7 +27,7 @@ pub(super) struct Wide {
 #[derive(Default)]
 pub(super) struct Unpacked {
     /// For each four columns, those of all rows as [`Simd::unpack`] writes them. Where codes have a high and a low
-    /// part, block for block all high ones and then all low ones.
+    /// [part](parts), block for block all high ones and then all low ones.
     pub codes: Vec<Line>,
     /// For each group of columns within a block, the f32 of all rows; for each part of the codes.
     pub scales: Vec<Line>,
@@ -56,7 +57,7 @@ macro_rules! kernels {
                 Wide {
                     split: if <$simd>::UNPACKED == 1 { Split::Bytes } else { Split::Words },
                     unpack: unpack::<K>,
-                    multiply: match (K::GROUPS, parts::<K>(), has_mins::<K>()) {
+                    multiply: match (groups::<$simd, K>(), parts::<$simd, K>(), has_mins::<K>()) {
                         (1, 1, false) => &[$(multiply::<1, 1, false, $m>),+],
                         (1, 1, true) => &[$(multiply::<1, 1, true, $m>),+],
                         (1, _, _) => &[$(multiply::<1, 2, false, $m>),+],
@@ -99,9 +100,22 @@ kernels!(neon, crate::int8::simd::Neon, "neon"; 1 2 3 4);
 kernels!(simd128, crate::int8::simd::Simd128, "simd128"; 1 2 3);
 kernels!(scalar, crate::int8::simd::Scalar; 1 2);
 
-/// Parts of widened codes.
-const fn parts<K: Shape>() -> usize {
-    if K::KIND.tables > 1 { 2 } else { 1 }
+/// Parts of widened codes: a word holds what two tables say, a byte does not.
+const fn parts<S: Simd, K: Shape>() -> usize {
+    if K::KIND.tables > 1 && S::UNPACKED == 1 {
+        2
+    } else {
+        1
+    }
+}
+
+/// Groups of a block whose products are summed up as integers.
+const fn groups<S: Simd, K: Shape>() -> usize {
+    if K::KIND.tables > 1 && S::UNPACKED == 2 {
+        2
+    } else {
+        K::GROUPS
+    }
 }
 
 /// Whether groups of an unpacked tile have minimums; zero points become such.
@@ -114,7 +128,7 @@ const fn has_mins<K: Shape>() -> bool {
 #[inline(always)]
 unsafe fn unpack<S: Simd, K: Shape>(tile: &Tile, to: &mut Unpacked) {
     let plan = &tile.weight.plan;
-    let (blocks, parts) = (plan.blocks, parts::<K>());
+    let (blocks, parts, groups) = (plan.blocks, parts::<S, K>(), groups::<S, K>());
     let lines = BLOCK / 4 * S::UNPACKED;
     // Signed bytes have no room for the upper half of unsigned ones: minimums take what goes off.
     let bias = if S::UNPACKED == 1 && K::KIND.bits == 8 && has_mins::<K>() {
@@ -123,8 +137,8 @@ unsafe fn unpack<S: Simd, K: Shape>(tile: &Tile, to: &mut Unpacked) {
         0
     };
     make_room(&mut to.codes, blocks * parts * lines);
-    make_room(&mut to.scales, blocks * parts * K::GROUPS);
-    make_room(&mut to.mins, if has_mins::<K>() { blocks * K::GROUPS } else { 0 });
+    make_room(&mut to.scales, blocks * parts * groups);
+    make_room(&mut to.mins, if has_mins::<K>() { blocks * groups } else { 0 });
     // SAFETY: the caller's; there is room for all blocks.
     unsafe {
         let tables = plan.tables.each_ref();
@@ -147,21 +161,24 @@ unsafe fn unpack<S: Simd, K: Shape>(tile: &Tile, to: &mut Unpacked) {
                 ($($step:literal)*) => {$(
                     let w = step::<S, $step>(at, K::KIND.bits);
                     let to = codes.add($step * S::UNPACKED);
-                    match K::KIND.tables {
-                        0 => S::unpack(w, plan.offset + bias, to.cast()),
-                        _ => S::unpack(S::look_up(table, w), plan.offset, to.cast()),
-                    }
-                    if parts > 1 {
-                        S::unpack(S::look_up(fine, w), 0, to.add(lines).cast());
+                    match (K::KIND.tables, parts) {
+                        (0, _) => S::unpack(w, plan.offset + bias, to.cast()),
+                        (1, _) => S::unpack(S::look_up(table, w), plan.offset, to.cast()),
+                        (_, 1) => unpack_both::<S>(S::look_up(table, w), S::look_up(fine, w), plan.offset, to.cast()),
+                        _ => {
+                            S::unpack(S::look_up(table, w), plan.offset, to.cast());
+                            S::unpack(S::look_up(fine, w), 0, to.add(lines).cast());
+                        }
                     }
                 )*};
             }
             steps!(0 1 2 3 4 5 6 7);
             codes = codes.add(parts * lines);
-            for group in 0..K::GROUPS {
+            for group in 0..groups {
                 let (mut scale, mut shift) = (wide_scale, wide_shift);
                 if K::KIND.group != WIDE {
-                    let half = at.add(K::CODE_BYTES + 2 * TILE * group);
+                    // Of one scale for the block there are two.
+                    let half = at.add(K::CODE_BYTES + 2 * TILE * group.min(K::GROUPS - 1));
                     scale = S::load_half(half);
                     if has_mins::<K>() {
                         shift = S::load_half(half.add(2 * TILE * K::GROUPS));
@@ -174,7 +191,7 @@ unsafe fn unpack<S: Simd, K: Shape>(tile: &Tile, to: &mut Unpacked) {
                     shift = S::scale_add(scale, bias as f32, shift);
                 }
                 if parts > 1 {
-                    S::store(scale, scales.add(TILE * K::GROUPS));
+                    S::store(scale, scales.add(TILE * groups));
                     scale = S::scale_add(scale, 128.0, S::zero());
                 }
                 S::store(scale, scales);
@@ -184,9 +201,28 @@ unsafe fn unpack<S: Simd, K: Shape>(tile: &Tile, to: &mut Unpacked) {
                     mins = mins.add(TILE);
                 }
             }
-            scales = scales.add(TILE * K::GROUPS * (parts - 1));
+            scales = scales.add(TILE * groups * (parts - 1));
             at = at.add(K::BLOCK_BYTES);
         }
+    }
+}
+
+/// [`Simd::unpack`] of `128 · high + low` less 128 times the offset, to words.
+///
+/// # Safety
+/// See there.
+#[inline(always)]
+unsafe fn unpack_both<S: Simd>(high: S::Int, low: S::Int, offset: i32, to: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe {
+        let offset = S::splat((offset << 7) << 16 | offset << 7);
+        let ((high, other_high), (low, other_low)) = (S::widen(high), S::widen(low));
+        // Nothing goes beyond its word.
+        S::store_int(S::sub_words(S::join_sums(high, low), offset), to);
+        S::store_int(
+            S::sub_words(S::join_sums(other_high, other_low), offset),
+            to.add(64),
+        );
     }
 }
 
