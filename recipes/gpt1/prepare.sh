@@ -3,8 +3,8 @@
 # (Hutto and Gilbert, "VADER", ICWSM 2014; MIT), from the source package of vaderSentiment. Needs pip, tar and awk.
 #
 #   corpus.csv   texts without labels, to pre-train on; none of the test set is among them
-#   train.csv    500 movie reviews with labels, to fine-tune on
-#   test.csv     2000 movie reviews with labels
+#   train.csv    500 movie reviews with labels, half of them of either kind, to fine-tune on
+#   test.csv     movie reviews with labels, at most 1000 of either kind
 set -euo pipefail
 cd "$(dirname "$0")"
 mkdir -p data
@@ -16,7 +16,7 @@ tar --extract --gzip --to-stdout --file "$package" \
     vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz | tar --extract --gzip --directory data
 from=data/hutto_ICWSM_2014
 
-# ID, rating and text, separated by tabs. Every fifth review of those that are clearly one or the other is for the test.
+# ID, rating and text, separated by tabs. Every fourth review of those that are clearly one or the other is for the test.
 quote='function quote(text) { gsub(/"/, "\"\"", text); return "\"" text "\"" }'
 clear='function clear(rating) { return rating >= 0.5 || rating <= -0.5 }'
 awk -F '\t' "$quote $clear"'
@@ -24,8 +24,8 @@ awk -F '\t' "$quote $clear"'
     {
         sub(/\r$/, "", $3)
         label = $2 > 0 ? "positive" : "negative"
-        if (clear($2) && NR % 4 == 0 && tests < 2000) { tests++; print quote($3) "," label > "data/test.csv"; next }
-        if (clear($2) && NR % 4 == 1 && trains < 500) { trains++; print quote($3) "," label > "data/train.csv" }
+        if (clear($2) && NR % 4 == 0 && tests[label]++ < 1000) { print quote($3) "," label > "data/test.csv"; next }
+        if (clear($2) && NR % 4 == 1 && trains[label]++ < 250) { print quote($3) "," label > "data/train.csv" }
         print quote($3) > "data/corpus.csv"
     }' "$from/movieReviewSnippets_GroundTruth.txt"
 for other in amazonReviewSnippets nytEditorialSnippets tweets; do

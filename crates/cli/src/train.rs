@@ -111,7 +111,9 @@ fn prepare(args: &RecipeArgs, recipe: &Recipe, evaluation: bool) -> anyhow::Resu
         device::set_threads(threads.into());
     }
     let bar = indicatif::ProgressBar::new_spinner();
+    let mut skipped = 0;
     let mut report = |progress: Progress| {
+        skipped = progress.skipped;
         bar.set_message(format!(
             "{} records, {} tokens",
             progress.records, progress.tokens
@@ -130,6 +132,10 @@ fn prepare(args: &RecipeArgs, recipe: &Recipe, evaluation: bool) -> anyhow::Resu
     };
     let job = recipe.prepare(around)?;
     bar.finish_and_clear();
+    if skipped > 0 {
+        let records = if skipped == 1 { "record" } else { "records" };
+        eprintln!("{skipped} {records} left out, on which nothing can be trained");
+    }
     Ok(job)
 }
 

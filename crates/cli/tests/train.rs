@@ -235,3 +235,80 @@ fn what_is_wrong_is_named() {
         .failure()
         .stderr(contains("optim"));
 }
+
+/// `oxiformers train recipe.toml` on other data, with more arguments.
+fn train_on(folder: &Path, data: &str, more: &[&str]) -> assert_cmd::assert::Assert {
+    let mut command = oxiformers(folder);
+    command.args([
+        "train",
+        "recipe.toml",
+        "--data.train",
+        data,
+        "--eval-strategy",
+        "no",
+    ]);
+    command
+        .args(["--max-steps", "1", "--output-dir", "other"])
+        .args(more);
+    command.assert()
+}
+
+#[test]
+fn a_broken_record_is_named_wherever_it_stands() {
+    let root = tempfile::tempdir().expect("folder");
+    let folder = root.path();
+    begin(folder);
+    let mut lines: Vec<String> = (0..70_010)
+        .map(|i| format!("{{\"text\": \"the dog {}\"}}", i % 50))
+        .collect();
+    lines[69_999] = "{\"text\": \"the d".to_string();
+    std::fs::write(folder.join("long.jsonl"), lines.join("\n")).expect("data");
+    train_on(folder, "long.jsonl", &[])
+        .failure()
+        .stderr(contains("long.jsonl: line 70000").and(contains("JSON")));
+    assert!(!folder.join("other/model.safetensors").exists());
+    train_on(folder, "long.jsonl", &["--bad-data", "skip"])
+        .success()
+        .stderr(contains("long.jsonl: line 70000").and(contains("1 record left out")));
+}
+
+#[test]
+fn a_text_without_tokens_is_named() {
+    let root = tempfile::tempdir().expect("folder");
+    let folder = root.path();
+    begin(folder);
+    let line = |i: usize| match i {
+        2 | 7 => "{\"text\": \"\"}".to_string(),
+        _ => format!("{{\"text\": \"the quick fox jumps over dog {i}\"}}"),
+    };
+    let lines: Vec<String> = (0..60).map(line).collect();
+    std::fs::write(folder.join("empty.jsonl"), lines.join("\n")).expect("data");
+    train_on(folder, "empty.jsonl", &[])
+        .failure()
+        .stderr(contains("empty.jsonl: line 3").and(contains("no tokens")));
+    train_on(folder, "empty.jsonl", &["--bad-data", "skip"])
+        .success()
+        .stderr(contains("empty.jsonl: line 8").and(contains("2 records left out")));
+}
+
+#[test]
+fn a_loss_that_is_no_number_names_its_batch() {
+    let root = tempfile::tempdir().expect("folder");
+    let folder = root.path();
+    begin(folder);
+    let wild = [
+        "--learning-rate",
+        "1e30",
+        "--max-grad-norm",
+        "0",
+        "--max-steps",
+        "6",
+    ];
+    train_on(folder, "corpus.txt", &wild)
+        .failure()
+        .stderr(contains("corpus.txt: line ").and(contains("on_nan")));
+    let skipping = [&wild[..], &["--on-nan", "skip"]].concat();
+    train_on(folder, "corpus.txt", &skipping)
+        .success()
+        .stderr(contains("left out: step ").and(contains("corpus.txt: line ")));
+}

@@ -4,11 +4,11 @@ use std::cell::OnceCell;
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::{Bool, Device, Tensor, TensorData, activation};
 
 pub use crate::flash::Visible;
 use crate::flash::{Flash, Rows};
-use crate::{backward, flex};
+use crate::{Dropout, backward, flex};
 
 /// Which keys a query sees. Layers may share one.
 #[derive(Debug)]
@@ -87,6 +87,9 @@ pub struct AttentionOptions {
     pub scale: Option<f64>,
     /// Soft cap of the scores: `cap · tanh(score / cap)`.
     pub softcap: Option<f64>,
+    /// Which of the weights that the softmax gives are left out: those of each query and head are a row, counted over
+    /// `[batch, heads, seq]`.
+    pub dropout: Option<Dropout>,
 }
 
 /// What the scores of queries and keys meet on their way to the softmax.
@@ -161,6 +164,7 @@ pub(crate) fn flash<R: Rows>(
         sinks: sinks.as_ref().map(flex::values),
         alibi: alibi.as_ref().map(flex::values),
         bias: (bias.as_ref()).map(|bias| flex::view(bias).broadcast([batch, heads, seq, keys])),
+        dropout: options.dropout,
         visible: &mask.visible,
         kept: None,
     };
@@ -207,6 +211,7 @@ fn by_heads(
         (bias, alibi) => bias.or(alibi),
     };
     let mask = mask.explicit(seq, keys, &device);
+    let dropout = options.dropout;
     let options = AttentionModuleOptions {
         scale: options.scale,
         softcap: options.softcap,
@@ -219,7 +224,10 @@ fn by_heads(
             Explicit::Hidden(mask) => (Some(mask), false),
         };
         let options = AttentionModuleOptions { is_causal, ..options };
-        return burn::tensor::module::attention(q, k, v, mask, bias, options);
+        return match dropout {
+            Some(dropout) => with_dropout([q, k, v], mask, bias, options, dropout),
+            None => burn::tensor::module::attention(q, k, v, mask, bias, options),
+        };
     };
     // The sink is one more key whose score is given and whose value is zero.
     let one_more = |x: Tensor<4>| {
@@ -250,7 +258,41 @@ fn by_heads(
         scale: options.scale.or(Some((head_dim as f64).powf(-0.5))),
         ..options
     };
-    burn::tensor::module::attention(q, one_more(k), one_more(v), mask, Some(bias), options)
+    let (k, v) = (one_more(k), one_more(v));
+    match dropout {
+        Some(dropout) => with_dropout([q, k, v], mask, Some(bias), options, dropout),
+        None => burn::tensor::module::attention(q, k, v, mask, Some(bias), options),
+    }
+}
+
+/// The same with some of the weights left out.
+fn with_dropout(
+    [q, k, v]: [Tensor<4>; 3],
+    mask: Option<Tensor<4, Bool>>,
+    bias: Option<Tensor<4>>,
+    options: AttentionModuleOptions,
+    dropout: Dropout,
+) -> Tensor<4> {
+    let (device, dtype) = (q.device(), q.dtype());
+    let ([batch, heads, seq, head_dim], keys) = (q.dims(), k.dims()[2]);
+    let scale = options.scale.unwrap_or((head_dim as f64).powf(-0.5));
+    let mut scores = q.matmul(k.swap_dims(2, 3)) * scale;
+    if let Some(cap) = options.softcap {
+        scores = (scores / cap).tanh() * cap;
+    }
+    if let Some(bias) = bias {
+        scores = scores + bias;
+    }
+    let mask = mask.or_else(|| options.is_causal.then(|| causal(seq, keys, &device)));
+    if let Some(mask) = mask {
+        scores = scores.mask_fill(mask.expand([batch, heads, seq, keys]), f32::NEG_INFINITY);
+    }
+    let weights = activation::softmax(scores, 3);
+    let rows = 0..(batch * heads * seq) as u64;
+    let factors: Vec<f32> = rows.flat_map(|row| dropout.of_row(row).factors(keys)).collect();
+    let factors = TensorData::new(factors, [batch, heads, seq, keys]);
+    let factors = Tensor::<4>::from_data(factors, &device).cast(dtype);
+    (weights * factors).matmul(v)
 }
 
 /// True above the diagonal that ends in the last key: `[1, 1, seq, keys]`.
@@ -411,6 +453,7 @@ mod tests {
                         let options = AttentionOptions {
                             scale: extras.then_some(0.4),
                             softcap: extras.then_some(2.0),
+                            dropout: extras.then_some(Dropout { rate: 0.3, seed: 8 }),
                         };
                         let slow = attention(qkv().map(tracked), &mask, with(tracked, tracked), options);
                         let fast = attention(qkv(), &mask, with(|x| x, |x| x), options);

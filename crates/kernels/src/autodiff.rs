@@ -23,9 +23,9 @@ use crate::flex;
 /// A tensor of the CPU that automatic differentiation knows.
 type Known = FloatTensor<Autodiff<Flex>>;
 
-/// Where the gradients of `N` tensors go.
+/// Where the gradients of at most `N` tensors go, each at a place of its own.
 pub(crate) struct Tape<const N: usize> {
-    guards: [NodeGuard; N],
+    guards: [Option<NodeGuard>; N],
     context: DispatchAutodiffContext,
     is_tracked: bool,
 }
@@ -39,44 +39,16 @@ thread_local! {
 /// The values of tensors of f32 on the CPU, where automatic differentiation knows one of them; else the tensors back.
 #[allow(clippy::type_complexity)]
 pub(crate) fn open<const N: usize>(
-    tensors: [Option<DispatchTensor>; N],
-) -> Result<([Option<FlexTensor>; N], Tape<N>), [Option<DispatchTensor>; N]> {
-    #[cfg(test)]
-    if REFERENCE.get() {
-        return Err(tensors);
-    }
-    let context = |x: &DispatchTensor| x.autodiff;
-    let mut contexts = tensors.iter().flatten().map(context);
-    let Some(context) = contexts.find(|context| *context != DispatchAutodiffContext::Disabled) else {
+    tensors: [DispatchTensor; N],
+) -> Result<([FlexTensor; N], Tape<N>), [DispatchTensor; N]> {
+    let Some(mut tape) = Tape::over(tensors.iter()) else {
         return Err(tensors);
     };
-    let fits = |x: &DispatchTensor| {
-        flex::is_plain(x)
-            || x.autodiff == context && known(x).is_some_and(|x| x.primitive().dtype() == DType::F32)
-    };
-    if !tensors.iter().flatten().all(fits) {
-        return Err(tensors);
-    }
-    let mut is_tracked = false;
-    let mut values = [const { None }; N];
-    let mut tensors = tensors.into_iter().zip(&mut values);
-    let guards = std::array::from_fn(|_| {
-        let (tensor, values) = match tensors.next() {
-            Some((Some(tensor), values)) => (into_known(tensor), Some(values)),
-            _ => (Known::new(FlexTensor::empty(Shape::from([0]), DType::F32)), None),
-        };
-        is_tracked |= tensor.is_tracked();
-        let (inner, guard) = tensor.into_parts();
-        if let Some(values) = values {
-            *values = Some(inner);
-        }
-        guard
+    let mut place = 0;
+    let values = tensors.map(|x| {
+        place += 1;
+        tape.open(place - 1, x)
     });
-    let tape = Tape {
-        guards,
-        context,
-        is_tracked,
-    };
     Ok((values, tape))
 }
 
@@ -105,7 +77,7 @@ fn known(x: &DispatchTensor) -> Option<&Known> {
     }
 }
 
-/// What [fits](open).
+/// What [fits](Tape::over).
 fn into_known(x: DispatchTensor) -> Known {
     match x.kind {
         DispatchTensorKind::Autodiff(inner) => match *inner {
@@ -121,6 +93,45 @@ fn into_known(x: DispatchTensor) -> Known {
 }
 
 impl<const N: usize> Tape<N> {
+    /// For an operator of these tensors; None unless automatic differentiation knows one of them, and all are of f32 on
+    /// the CPU.
+    pub fn over<'a>(tensors: impl Iterator<Item = &'a DispatchTensor> + Clone) -> Option<Self> {
+        #[cfg(test)]
+        if REFERENCE.get() {
+            return None;
+        }
+        let mut contexts = tensors.clone().map(|x| x.autodiff);
+        let context = contexts.find(|context| *context != DispatchAutodiffContext::Disabled)?;
+        let fits = |x: &DispatchTensor| {
+            flex::is_plain(x)
+                || x.autodiff == context && known(x).is_some_and(|x| x.primitive().dtype() == DType::F32)
+        };
+        tensors.clone().all(fits).then(|| Self {
+            guards: [const { None }; N],
+            context,
+            is_tracked: false,
+        })
+    }
+
+    /// The values of one of the tensors, whose gradient is the one at `place`.
+    pub fn open(&mut self, place: usize, x: DispatchTensor) -> FlexTensor {
+        let x = into_known(x);
+        self.is_tracked |= x.is_tracked();
+        let (values, guard) = x.into_parts();
+        self.guards[place] = Some(guard);
+        values
+    }
+
+    /// A node for each place: one without a gradient where no tensor was opened.
+    fn nodes(self) -> [NodeGuard; N] {
+        let nobody = || {
+            Known::new(FlexTensor::empty(Shape::from([0]), DType::F32))
+                .into_parts()
+                .1
+        };
+        self.guards.map(|guard| guard.unwrap_or_else(nobody))
+    }
+
     /// The result `out` of the operator. `backward` makes the gradients of its tensors of the gradient of the result, where
     /// the second argument says that they are wanted; each must have the shape of its tensor.
     pub fn record<const D: usize>(
@@ -128,8 +139,9 @@ impl<const N: usize> Tape<N> {
         out: FlexTensor,
         backward: impl FnOnce(FlexTensor, [bool; N]) -> [Option<FlexTensor>; N] + Send + 'static,
     ) -> Tensor<D> {
+        let context = self.context;
         let out = if self.is_tracked {
-            let step = Step::<N>.prepare::<NoCheckpointing>(self.guards);
+            let step = Step::<N>.prepare::<NoCheckpointing>(self.nodes());
             match step.compute_bound().stateful() {
                 OpsKind::Tracked(step) => step.finish(State::new(backward), out),
                 OpsKind::UnTracked(step) => step.finish(out),
@@ -141,7 +153,7 @@ impl<const N: usize> Tape<N> {
             kind: DispatchTensorKind::Autodiff(Box::new(DispatchTensorKind::Flex(BackendTensor::Autodiff(
                 out,
             )))),
-            autodiff: self.context,
+            autodiff: context,
         })
     }
 }
@@ -215,11 +227,14 @@ pub fn recompute<const D: usize>(
     let parameters: Vec<_> = parameters.into_iter().filter(|x| known(x).is_some()).collect();
     let ids: Vec<NodeId> = parameters.iter().filter_map(known).map(|x| x.id()).collect();
     // One of the parameters stands for all of them.
-    let mut parents = inputs.into_iter().map(Some);
     let own = parameters.into_iter().find(is_tracked);
-    let mut parents: [Option<DispatchTensor>; N] = std::array::from_fn(|_| parents.next().flatten());
-    parents[MOST_INPUTS] = own;
-    let (_, tape) = open(parents).ok()?;
+    let mut tape = Tape::<N>::over(inputs.iter().chain(&own))?;
+    for (place, x) in inputs.into_iter().take(MOST_INPUTS).enumerate() {
+        tape.open(place, x);
+    }
+    if let Some(own) = own {
+        tape.open(MOST_INPUTS, own);
+    }
     if !tape.is_tracked {
         return None;
     }
@@ -245,14 +260,15 @@ pub fn recompute<const D: usize>(
         }
         found
     };
-    let step = Recompute.prepare::<NoCheckpointing>(tape.guards);
+    let context = tape.context;
+    let step = Recompute.prepare::<NoCheckpointing>(tape.nodes());
     let out = match step.compute_bound().stateful() {
         OpsKind::Tracked(step) => step.finish(Shared(Arc::new(Mutex::new(Some(Box::new(rule))))), out),
         OpsKind::UnTracked(step) => step.finish(out),
     };
     Some(Tensor::from_dispatch(DispatchTensor {
         kind: DispatchTensorKind::Autodiff(Box::new(DispatchTensorKind::Flex(BackendTensor::Autodiff(out)))),
-        autodiff: tape.context,
+        autodiff: context,
     }))
 }
 

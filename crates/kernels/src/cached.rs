@@ -732,6 +732,7 @@ mod tests {
                         let options = AttentionOptions {
                             scale: extras.then_some(0.4),
                             softcap: extras.then_some(2.0),
+                            dropout: None,
                         };
                         let q = noise(9, [2, seq, heads, dim]).swap_dims(1, 2);
                         let kv = [

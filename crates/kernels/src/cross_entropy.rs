@@ -107,14 +107,7 @@ fn on_the_cpu(logits: Tensor<2>, targets: &Targets) -> Result<Tensor<1>, Tensor<
         Err(logits) => logits.into_dispatch(),
     };
     let tracked = is_tracked(&logits);
-    let (logits, tape) = match open([Some(logits)]) {
-        Ok(([Some(logits)], tape)) => (logits, tape),
-        Ok(_) => unreachable!("it was given"),
-        Err([logits]) => {
-            let logits = logits.unwrap_or_else(|| unreachable!("it was given"));
-            return Err(Tensor::from_dispatch(logits));
-        }
-    };
+    let ([logits], tape) = open([logits]).map_err(|[logits]| Tensor::from_dispatch(logits))?;
     if !tracked {
         only_losses(logits);
         return Ok(tape.record(loss(losses), |_, _| [None]));

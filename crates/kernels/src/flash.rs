@@ -11,6 +11,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use crate::cached::codes::sum_each;
+use crate::Dropout;
 use crate::math;
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads};
@@ -170,6 +171,8 @@ pub(crate) struct Flash<'a, R = View<'a>> {
     pub alibi: Option<&'a [f32]>,
     /// `[batch, heads, seq, keys]`.
     pub bias: Option<View<'a>>,
+    /// Which weights are left out after the softmax; a row for each sequence, head and query.
+    pub dropout: Option<Dropout>,
     pub visible: &'a Visible,
     /// Where a backward pass wants to know of each row its largest score, and 1 divided by the sum of its weights:
     /// `[batch, heads, seq, 2]`.
@@ -374,6 +377,11 @@ impl<R: Rows> pulp::WithSimd for Piece<'_, R> {
                 let largest = math::max(scores).max(most[row]).max(f32::MIN);
                 let scale = math::exp(most[row] - largest);
                 total[row] = total[row] * scale + math::exp_sum(scores, largest);
+                if let Some(dropout) = f.dropout {
+                    let (query, head) = (queries.start + row / cut.group, kv * cut.group + row % cut.group);
+                    let row = (b * f.q.dims[1] + head) * seq + query;
+                    dropout.of_row(row as u64).apply(start + seen.start, scores);
+                }
                 if largest > most[row] {
                     for x in &mut sums[row * value_dim..][..value_dim] {
                         *x *= scale;
@@ -806,6 +814,7 @@ mod tests {
             sinks: extras.then_some(&per_head),
             alibi: extras.then_some(&per_head),
             bias: extras.then_some(bias),
+            dropout: None,
             visible,
             kept: None,
         };

@@ -6,13 +6,14 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
+use oxiformers_nn::init::Normal;
 use oxiformers_nn::quant::Recipe;
 use oxiformers_nn::{Cache, CacheKind, LoadOptions, LogitsFor, Weights};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::registry::{AnyConfig, AnyDecoder, AnySeq2Seq, MODEL_TYPES};
-use crate::{CausalLM, Seq2SeqLM, gguf};
+use crate::{CausalLM, Seq2SeqLM, gguf, mt5, umt5};
 
 /// A model's configuration.
 #[derive(Debug, Clone)]
@@ -145,7 +146,8 @@ impl AutoModelForCausalLM {
             Some(_) => {
                 let config = AutoConfig::from_checkpoint(&checkpoint, name)?;
                 let source = gguf::Source::new(checkpoint, &config, name)?;
-                Self::load(config, Weights::new(source, "", options.clone()), options, name)
+                let weights = Weights::new(source, "", options.clone()).padded_with(padding_idx(&config));
+                Self::load(config, weights, options, name)
             }
             None => {
                 let config = AutoConfig::from_files(files)?;
@@ -176,8 +178,23 @@ impl AutoModelForCausalLM {
 /// The parameters of a checkpoint.
 pub(crate) fn stored(config: &AutoConfig, checkpoint: Checkpoint, options: &LoadOptions) -> Weights {
     let weights = Weights::new(checkpoint, config.architecture.base(), options.clone());
-    let weights = weights.initialized_with(initializer_range(config));
-    weights.stored_as(config.quantization.as_ref())
+    initialized(weights, config).stored_as(config.quantization.as_ref())
+}
+
+/// The same, whose new parameters begin as the architecture has it.
+fn initialized(weights: Weights, config: &AutoConfig) -> Weights {
+    let weights = weights
+        .initialized_with(initializer_range(config))
+        .padded_with(padding_idx(config));
+    let t5 = match &config.architecture {
+        AnyConfig::T5(t5) | AnyConfig::Mt5(mt5::Config(t5)) | AnyConfig::Umt5(umt5::Config(t5)) => t5.clone(),
+        AnyConfig::ModernBert(modernbert) => {
+            let modernbert = modernbert.clone();
+            return weights.distributed(move |name| modernbert.distribution(name));
+        }
+        _ => return weights,
+    };
+    weights.distributed(move |name| Some(Normal::new(t5.std(name))))
 }
 
 /// Standard deviation of what is initialized.
@@ -190,7 +207,33 @@ fn initializer_range(config: &AutoConfig) -> f64 {
 
 /// Fresh parameters.
 pub(crate) fn fresh(config: &AutoConfig, options: &LoadOptions) -> Weights {
-    Weights::init(options.clone(), initializer_range(config))
+    initialized(Weights::init(options.clone(), 0.0), config)
+}
+
+/// The row of the table of tokens that stands for padding, which learns nothing and is initialized with zeros; none where
+/// the architecture makes no difference between tokens.
+fn padding_idx(config: &AutoConfig) -> Option<usize> {
+    let default = match config.model_type.as_str() {
+        "bloom" | "falcon" | "gpt2" | "gpt_neox" | "gptj" | "mpt" | "mt5" | "t5" | "umt5" => return None,
+        "mpnet" => return Some(1),
+        "albert" | "bert" | "big_bird" | "cohere" | "deberta-v2" | "distilbert" | "electra" | "gemma"
+        | "gemma2" | "gemma3_text" | "layoutlm" | "nomic_bert" | "pegasus" | "tapas" => Some(0),
+        "bart" | "camembert" | "longformer" | "m2m_100" | "mbart" | "olmo2" | "opt" | "plbart"
+        | "roberta" | "xlm-roberta" => Some(1),
+        "marian" => Some(58_100),
+        "modernbert" => Some(50_283),
+        "phi3" => Some(32_000),
+        "smollm3" => Some(128_004),
+        _ => None,
+    };
+    match config.json.get("pad_token_id").map(Value::as_i64) {
+        None => default,
+        Some(given) => given.and_then(|id| match id < 0 {
+            // Counted from the end.
+            true => usize::try_from(config.json.get("vocab_size")?.as_i64()? + id).ok(),
+            false => usize::try_from(id).ok(),
+        }),
+    }
 }
 
 /// Builds a model, and checks that nothing is left over.

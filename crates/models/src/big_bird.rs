@@ -82,6 +82,7 @@ fn attend_sparsely(
     let [q, k, v] = attention.project(x);
     let seq = q.dims()[2];
     let last = (seq - 1) / block * block;
+    // Without dropout, which Transformers' has neither.
     let options = AttentionOptions::default();
     let ends = vec![
         q.clone().narrow(2, 0, block),

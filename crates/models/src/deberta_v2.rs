@@ -9,7 +9,7 @@ use oxiformers_nn::encoder::run_layers;
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, AttentionOptions, Backbone, Embedding, Embeddings,
     EmbeddingsConfig, EncoderInputs, EncoderOutput, Error, Head, Init, LayerNorm, Linear, Mask, Reads,
-    Result, ScoreBias, Weights, attend,
+    Result, ScoreBias, Weights, attend, training,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -148,10 +148,14 @@ struct Parts {
 impl DisentangledAttention {
     fn forward(&self, x: Tensor<3>, mask: &Mask, relative: Option<&Relative>) -> Tensor<3> {
         let qkv = self.content.project(x);
-        let bias = relative.and_then(|relative| self.bias(&qkv, relative));
+        let bias = relative.and_then(|relative| {
+            let table = training::embedding(relative.table.clone());
+            self.bias(&qkv, table, &relative.rows)
+        });
         let options = AttentionOptions {
             scale: Some(self.parts.scale),
             softcap: None,
+            dropout: training::attention(),
         };
         let bias = ScoreBias {
             bias,
@@ -161,12 +165,12 @@ impl DisentangledAttention {
     }
 
     /// What distances add to the scores: `[batch, heads, seq, seq]`.
-    fn bias(&self, [q, k, _]: &[Tensor<4>; 3], relative: &Relative) -> Option<Tensor<4>> {
+    fn bias(&self, [q, k, _]: &[Tensor<4>; 3], table: Tensor<3>, rows: &Tensor<2, Int>) -> Option<Tensor<4>> {
         let [batch, heads, seq, _] = q.dims();
-        let of = |linear: &Linear| split_heads(linear.forward(relative.table.clone()), self.parts.heads);
+        let of = |linear: &Linear| split_heads(linear.forward(table.clone()), self.parts.heads);
         let (query, key) = match (&self.pos_query, &self.pos_key) {
             (None, None) => {
-                let [query, key, _] = self.content.project(relative.table.clone());
+                let [query, key, _] = self.content.project(table.clone());
                 (Some(query), Some(key))
             }
             (query, key) => (query.as_ref().map(of), key.as_ref().map(of)),
@@ -179,9 +183,9 @@ impl DisentangledAttention {
                 .gather(3, rows)
         };
         let to_position =
-            (key.filter(|_| self.parts.content_to_position)).map(|key| scores(q, key, relative.rows.clone()));
+            (key.filter(|_| self.parts.content_to_position)).map(|key| scores(q, key, rows.clone()));
         let to_content = (query.filter(|_| self.parts.position_to_content))
-            .map(|query| scores(k, query, relative.rows.clone().transpose()).swap_dims(2, 3));
+            .map(|query| scores(k, query, rows.clone().transpose()).swap_dims(2, 3));
         match (to_position, to_content) {
             (Some(a), Some(b)) => Some(a + b),
             (a, b) => a.or(b),
@@ -208,7 +212,7 @@ impl Conv {
         let padding = weight.dims()[2] / 2;
         let options = ConvOptions::new([1], [padding], [1], self.groups);
         let y = module::conv1d(embeddings.swap_dims(1, 2), weight, Some(bias), options).swap_dims(1, 2);
-        let y = self.act.forward(y * mask.clone());
+        let y = self.act.forward(training::feed_forward(y * mask.clone()));
         self.norm.forward(x + y) * mask
     }
 }
@@ -374,7 +378,7 @@ impl EncoderArchitecture for Config {
             type_vocab_size: c.type_vocab_size,
             ..EmbeddingsConfig::new(c.vocab_size, width, c.layer_norm_eps)
         };
-        let tokens = Embedding::load(&at.pp("word_embeddings"), c.vocab_size, width)?;
+        let tokens = Embedding::load_tokens(&at.pp("word_embeddings"), c.vocab_size, width)?;
         let project = || Linear::load(&at.pp("embed_proj"), width, hidden, false);
         let norm = self.norm(&at.pp("LayerNorm"))?;
         let embeddings = Embeddings::with(tokens, norm, &at, config)?;

@@ -19,6 +19,7 @@ pub mod auto;
 pub mod auto_encoder;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod calibration;
+pub mod dropout;
 pub mod error;
 pub mod fields;
 pub mod gguf;

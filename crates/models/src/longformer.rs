@@ -11,6 +11,7 @@ use oxiformers_nn::encoder::run_layers;
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, AttentionOptions, Backbone, BlockWindows, Context, Embeddings,
     EncoderInputs, EncoderOutput, Error, Head, Linear, PositionCount, Result, ScoreBias, Weights, attend,
+    training,
 };
 use serde::{Deserialize, Serialize};
 
@@ -128,7 +129,11 @@ impl LongAttention {
             return self.local.forward(x, cx);
         };
         let [batch, seq, hidden] = x.dims();
-        let local = windows.attend(self.local.project(x.clone()), AttentionOptions::default());
+        let options = || AttentionOptions {
+            dropout: training::attention(),
+            ..AttentionOptions::default()
+        };
+        let local = windows.attend(self.local.project(x.clone()), options());
         let width = local.dims()[2];
 
         let few = x
@@ -138,12 +143,7 @@ impl LongAttention {
         let few = few.reshape([batch, globals.count, hidden]);
         let [k, v] = Linear::forward_all([&self.key_global, &self.value_global], x);
         let qkv = [self.query_global.forward(few), k, v].map(|x| split_heads(x, self.heads));
-        let global = attend(
-            qkv,
-            &cx.mask(None),
-            ScoreBias::default(),
-            AttentionOptions::default(),
-        );
+        let global = attend(qkv, &cx.mask(None), ScoreBias::default(), options());
 
         let rows = |x: Tensor<3>, rows: usize| x.reshape([rows, width]);
         let all = vec![rows(local, batch * seq), rows(global, batch * globals.count)];

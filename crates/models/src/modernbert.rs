@@ -4,6 +4,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use oxiformers_nn::head::vocabulary_output;
+use oxiformers_nn::init::Normal;
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Context, Embedding, Embeddings, EmbeddingsConfig, Encoder,
     EncoderLayer, GatedMlp, Head, LayerNorm, Linear, Reads, Result, Role, Rope, RopeSettings, Weights,
@@ -25,6 +26,7 @@ pub struct Config {
     pub hidden_activation: Activation,
     pub max_position_embeddings: usize,
     pub initializer_range: f64,
+    pub initializer_cutoff_factor: Option<f64>,
     pub norm_eps: f64,
     pub norm_bias: bool,
     pub attention_bias: bool,
@@ -64,6 +66,7 @@ impl Default for Config {
             hidden_activation: Activation::Gelu,
             max_position_embeddings: 8192,
             initializer_range: 0.02,
+            initializer_cutoff_factor: Some(2.0),
             norm_eps: 1e-5,
             norm_bias: false,
             attention_bias: false,
@@ -109,6 +112,21 @@ impl Config {
         LayerNorm::load(w, self.hidden_size, self.norm_eps, self.norm_bias)
     }
 
+    /// What the tensor `name` is initialized with: what is added to the hidden states starts smaller the more layers add
+    /// to them.
+    pub(crate) fn distribution(&self, name: &str) -> Option<Normal> {
+        let range = self.initializer_range;
+        let residual = range / (2.0 * self.num_hidden_layers.max(1) as f64).sqrt();
+        let std = match name.strip_suffix(".weight")?.rsplit('.').next()? {
+            "tok_embeddings" | "Wqkv" | "Wi" => range,
+            "Wo" | "dense" | "decoder" => residual,
+            "classifier" => (self.hidden_size.max(1) as f64).powf(-0.5),
+            _ => return None,
+        };
+        let cutoff = self.initializer_cutoff_factor.unwrap_or(3.0);
+        Some(Normal { std, cutoff })
+    }
+
     fn rope(&self, layer_type: &str, theta: f64) -> Result<Rope> {
         let head_dim = self.hidden_size / self.num_attention_heads.max(1);
         let parameters = self.rope.resolve(layer_type, theta)?;
@@ -124,7 +142,7 @@ impl EncoderArchitecture for Config {
     fn load(&self, w: &Weights) -> Result<Encoder<Layer>> {
         let (w, hidden, heads) = (w.pp("model"), self.hidden_size, self.num_attention_heads);
         let at = w.pp("embeddings");
-        let tokens = Embedding::load(&at.pp("tok_embeddings"), self.vocab_size, hidden)?;
+        let tokens = Embedding::load_tokens(&at.pp("tok_embeddings"), self.vocab_size, hidden)?;
         let config = EmbeddingsConfig::new(self.vocab_size, hidden, self.norm_eps);
         let embeddings = Embeddings::with(tokens, self.norm(&at.pp("norm"))?, &at, config)?;
         let everywhere = self.rope("full_attention", self.global_rope_theta)?;

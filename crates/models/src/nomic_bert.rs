@@ -104,7 +104,7 @@ impl EncoderArchitecture for Config {
     fn load(&self, w: &Weights) -> Result<Encoder<Layer>> {
         let (w, hidden, eps) = (w.pp("nomic_bert"), self.hidden_size, self.layer_norm_eps);
         let at = w.pp("embeddings");
-        let tokens = Embedding::load(&at.pp("word_embeddings"), self.vocab_size, hidden)?;
+        let tokens = Embedding::load_tokens(&at.pp("word_embeddings"), self.vocab_size, hidden)?;
         let norm = LayerNorm::load(&w.pp("emb_ln"), hidden, eps, true)?;
         let config = EmbeddingsConfig {
             type_vocab_size: self.type_vocab_size,

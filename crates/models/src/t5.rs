@@ -115,6 +115,21 @@ impl Seq2SeqLayer for Layer {
 }
 
 impl Config {
+    /// Standard deviation of what the tensor `name` is initialized with: scores are not scaled, the weights of queries are.
+    pub(crate) fn std(&self, name: &str) -> f64 {
+        let root = |width: usize| (width.max(1) as f64).powf(-0.5);
+        let module = name.trim_end_matches(".weight").rsplit('.').next();
+        let of_module = match module.unwrap_or_default() {
+            "q" => root(self.d_model.saturating_mul(self.d_kv)),
+            "k" | "v" | "relative_attention_bias" | "wi" | "wi_0" | "wi_1" => root(self.d_model),
+            "qa_outputs" | "dense" | "out_proj" => root(self.d_model),
+            "o" => root(self.num_heads.saturating_mul(self.d_kv)),
+            "wo" => root(self.d_ff),
+            _ => 1.0,
+        };
+        self.initializer_factor * of_module
+    }
+
     /// The feed-forward block that `feed_forward_proj` names, such as `relu` or `gated-gelu`.
     fn feed_forward(&self, w: &Weights) -> Result<FeedForward> {
         // Its values are too large for half floats, and it stays as it is where others are quantized.

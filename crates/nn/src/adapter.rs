@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use burn::module::{Module, Param};
-use burn::tensor::{Distribution, Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor, TensorData};
 use oxiformers_hub::checkpoint::TensorView;
-use oxiformers_kernels::{Weight, linear};
+use oxiformers_kernels::{Weight, linear, rows};
 
 use crate::linear::Matrix;
 use crate::prompt::Prompt;
 use crate::weights::lock;
-use crate::{Result, Weights};
+use crate::{Result, Weights, training};
 
 /// What adds parts to a model while it is loaded. The formats of files are none of this crate's business.
 pub trait Adapter: Debug + Send + Sync {
@@ -245,8 +245,8 @@ impl Lora {
             Some([a, b]) => y - product(product(x.clone(), a.clone(), None), b.clone(), None),
             None => y,
         };
-        let drops = self.dropout > 0.0 && x.is_autodiff();
-        let x = if drops { dropout(x, self.dropout) } else { x };
+        let drops = self.dropout > 0.0 && training::is_running();
+        let x = training::adapter(x, self.dropout);
         let bias_b = self.bias.as_ref().map(Param::val);
         let low = product(x.clone(), self.lora_a.val(), None);
         let delta = product(low, self.lora_b.val(), bias_b) * scaling;
@@ -299,7 +299,7 @@ impl LoraEmbedding {
     fn forward(&self, ids: Tensor<1, Int>, y: Tensor<2>, weight: f64, base: &Matrix) -> Tensor<2> {
         let scaling = self.scaling * weight;
         let (a, b) = (self.lora_embedding_a.val(), self.lora_embedding_b.val());
-        let low = a.select(1, ids).transpose();
+        let low = rows(a.transpose(), ids, base.padding());
         let delta = product(low, b, None) * scaling;
         let Some(magnitude) = &self.magnitude else {
             return y + delta;
@@ -356,11 +356,7 @@ pub struct Vera {
 impl Vera {
     fn forward<const D: usize>(&self, x: Tensor<D>, y: Tensor<D>, weight: f64) -> Tensor<D> {
         let (in_features, out_features) = (x.dims()[D - 1], y.dims()[D - 1]);
-        let x = if self.dropout > 0.0 && x.is_autodiff() {
-            dropout(x, self.dropout)
-        } else {
-            x
-        };
+        let x = training::adapter(x, self.dropout);
         let low = product(x, self.vera_a.clone().narrow(1, 0, in_features), None);
         let low = low * self.lambda_d.val().unsqueeze();
         let delta = product(low, self.vera_b.clone().narrow(0, 0, out_features), None);
@@ -375,13 +371,6 @@ pub struct Saved {
     pub weight: Matrix,
     /// `[out_features]`; none where the module has none, or keeps its own.
     pub bias: Option<Param<Tensor<1>>>,
-}
-
-/// Leaves out a part of the values, and scales the others up.
-fn dropout<const D: usize>(x: Tensor<D>, part: f64) -> Tensor<D> {
-    let keep = 1.0 - part;
-    let mask = Tensor::random(x.dims(), Distribution::Bernoulli(keep), (&x.device(), x.dtype()));
-    x * mask / keep
 }
 
 /// `x · Wᵀ + b` with the weights of an adapter, in their precision, back in that of `x`.

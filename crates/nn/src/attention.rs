@@ -283,6 +283,7 @@ impl Attention {
         let options = AttentionOptions {
             scale: c.scale,
             softcap: c.softcap,
+            dropout: training::attention(),
         };
         self.output(cached_attention(q, kv, &mask, bias, options))
     }
@@ -294,7 +295,7 @@ impl Attention {
             Some(norm) => norm.forward(x),
             None => x,
         };
-        training::hidden(self.o_proj.forward(x))
+        training::attention_output(self.o_proj.forward(x))
     }
 
     /// Queries `[batch, num_heads, seq, head_dim]`, keys and values `[batch, num_kv_heads, seq, head_dim]`, before norms

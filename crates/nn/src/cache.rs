@@ -85,6 +85,8 @@ pub struct Cache {
     len: usize,
     /// Virtual tokens before the others, which count nowhere else.
     virtual_tokens: usize,
+    /// What the layers made of the last of them.
+    prompt_state: Option<Tensor<3>>,
     /// Length that the sequences are to have, as far as is known.
     context: usize,
     /// Length beyond which the rotary frequencies of all positions are others.
@@ -120,6 +122,7 @@ impl Cache {
             segments: Vec::new(),
             len: 0,
             virtual_tokens: 0,
+            prompt_state: None,
             context: 0,
             rope_switch: None,
             precision: CachePrecision::Full,
@@ -197,6 +200,17 @@ impl Cache {
     /// Virtual tokens that stand before all others.
     pub(crate) fn virtual_tokens(&self) -> usize {
         self.virtual_tokens
+    }
+
+    /// Keeps what the layers made of the last virtual token: `[batch, 1, hidden_size]`.
+    pub(crate) fn set_prompt_state(&mut self, x: Tensor<3>) {
+        self.prompt_state = Some(x);
+    }
+
+    /// The hidden state of the last virtual token, of which the first token of a text follows: `[batch, 1, hidden_size]`.
+    /// None where there is no such token, or it was taken already.
+    pub fn take_prompt_state(&mut self) -> Option<Tensor<3>> {
+        self.prompt_state.take()
     }
 
     /// Says that what the layers hold are virtual tokens.
@@ -342,6 +356,7 @@ impl Cache {
         }
         self.len = 0;
         self.virtual_tokens = 0;
+        self.prompt_state = None;
         self.context = 0;
     }
 

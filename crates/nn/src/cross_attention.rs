@@ -64,8 +64,9 @@ impl CrossAttention {
         let options = AttentionOptions {
             scale: self.config.scale,
             softcap: self.config.softcap,
+            dropout: training::attention(),
         };
         let x = attention([q, k, v], &mask, ScoreBias::default(), options);
-        training::hidden(self.o_proj.forward(x))
+        training::attention_output(self.o_proj.forward(x))
     }
 }

@@ -102,7 +102,8 @@ impl<L: DecoderLayer> Decoder<L> {
         layers: Vec<L>,
         norm: Option<Norm>,
     ) -> Result<Self> {
-        let embed_tokens = Embedding::load(&w.pp(&config.embedding), config.vocab_size, embedding_width)?;
+        let embed_tokens =
+            Embedding::load_tokens(&w.pp(&config.embedding), config.vocab_size, embedding_width)?;
         let embed_positions = match &config.positions {
             Some((place, count, offset)) => {
                 let width = config.hidden_size;

@@ -23,13 +23,31 @@ impl Embedding {
         Self::load_alone(w, num_embeddings, embedding_dim)?.adapted(w)
     }
 
+    /// Loads `weight`, whose rows are those of tokens: that of padding learns nothing, and is initialized with zeros.
+    pub fn load_tokens(w: &Weights, num_embeddings: usize, embedding_dim: usize) -> Result<Self> {
+        let padding = w.padding_idx();
+        Self::load_padded(w, num_embeddings, embedding_dim, padding)?.adapted(w)
+    }
+
     /// Loads `weight` without adapters.
     pub(crate) fn load_alone(w: &Weights, num_embeddings: usize, embedding_dim: usize) -> Result<Self> {
+        Self::load_padded(w, num_embeddings, embedding_dim, None)
+    }
+
+    /// The same, where the row `padding` learns nothing, and is initialized with zeros.
+    pub(crate) fn load_padded(
+        w: &Weights,
+        num_embeddings: usize,
+        embedding_dim: usize,
+        padding: Option<usize>,
+    ) -> Result<Self> {
+        let weight = w
+            .with_role(Role::Kept)
+            .with_kind(Kind::Embedding)
+            .with_padding(padding)
+            .matrix("weight", [num_embeddings, embedding_dim])?;
         Ok(Self {
-            weight: w
-                .with_role(Role::Kept)
-                .with_kind(Kind::Embedding)
-                .matrix("weight", [num_embeddings, embedding_dim])?,
+            weight: weight.with_padding(padding),
             unmerged: None,
         })
     }

@@ -260,7 +260,7 @@ impl Embeddings {
     /// # Errors
     /// A tensor that is missing or misshapen.
     pub fn load(w: &Weights, config: EmbeddingsConfig) -> Result<Self> {
-        let tokens = Embedding::load(&w.pp("word_embeddings"), config.vocab_size, config.width)?;
+        let tokens = Embedding::load_tokens(&w.pp("word_embeddings"), config.vocab_size, config.width)?;
         let norm = LayerNorm::load(&w.pp("LayerNorm"), config.width, config.eps, true)?;
         Self::with(tokens, norm, w, config)
     }
@@ -275,15 +275,22 @@ impl Embeddings {
         w: &Weights,
         config: EmbeddingsConfig,
     ) -> Result<Self> {
-        let table = |name, rows| Embedding::load(&w.pp(name), rows, config.width);
+        let table = |name, rows, padding| {
+            let w = w.pp(name);
+            Embedding::load_padded(&w, rows, config.width, padding)?.adapted(&w)
+        };
+        let padding = match config.position_count {
+            PositionCount::Plain => None,
+            PositionCount::AfterPadding { pad_token_id } => Some(pad_token_id as usize),
+        };
         let types = config.type_vocab_size;
         Ok(Self {
             word_embeddings,
             position_embeddings: (config.max_position_embeddings)
-                .map(|rows| table("position_embeddings", rows))
+                .map(|rows| table("position_embeddings", rows, padding))
                 .transpose()?,
             token_type_embeddings: (types > 0)
-                .then(|| table("token_type_embeddings", types))
+                .then(|| table("token_type_embeddings", types, None))
                 .transpose()?,
             norm,
             config,
@@ -295,7 +302,7 @@ impl Embeddings {
     /// # Errors
     /// Where the inputs do not fit: an id outside of a table, a sequence that is too long.
     pub fn forward(&self, inputs: &EncoderInputs, device: &Device) -> Result<Tensor<3>> {
-        Ok(training::embedding(self.norm.forward(self.sum(inputs, device)?)))
+        Ok(self.norm(self.sum(inputs, device)?))
     }
 
     /// The same before the norm, for architectures that add more to it.
@@ -337,9 +344,9 @@ impl Embeddings {
         Ok(x)
     }
 
-    /// The norm, for those who use [`sum`](Self::sum).
+    /// The norm and dropout, for those who use [`sum`](Self::sum).
     pub fn norm(&self, x: Tensor<3>) -> Tensor<3> {
-        self.norm.forward(x)
+        training::embedding(self.norm.forward(x))
     }
 }
 

@@ -130,7 +130,7 @@ impl Head {
     pub fn forward(&self, hidden_states: Tensor<3>, inputs: &EncoderInputs) -> Tensor<3> {
         let mut x = self.reads.from(hidden_states, &inputs.tokens);
         if let Some(dense) = &self.dense {
-            x = dense.forward(x);
+            x = dense.forward(training::head_input(x));
         }
         if let Some(act) = &self.act {
             x = act.forward(x);
@@ -139,7 +139,7 @@ impl Head {
             x = norm.forward(x);
         }
         if let Some((mlp, norm)) = &self.feed_forward {
-            x = norm.forward(x.clone() + mlp.forward(x));
+            x = norm.forward(x.clone() + mlp.forward(training::head_input(x)));
         }
         if let Some(output) = &self.output {
             x = output.forward(training::classifier(x));

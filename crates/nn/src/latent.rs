@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use oxiformers_kernels::{AttentionOptions, ScoreBias, attention};
 
 use crate::attention::{MAX_HEAD_DIM, MAX_HEADS};
-use crate::{Context, Error, Linear, Result, RmsNorm, Rope, Weights};
+use crate::{Context, Error, Linear, Result, RmsNorm, Rope, Weights, training};
 
 /// Numbers and switches of a latent attention layer.
 #[derive(Debug, Clone)]
@@ -125,6 +125,7 @@ impl LatentAttention {
         let options = AttentionOptions {
             scale: Some(c.scale),
             softcap: None,
+            dropout: training::attention(),
         };
         self.o_proj
             .forward(attention([q, k, v], &mask, ScoreBias::default(), options))

@@ -16,7 +16,7 @@ pub mod embedding;
 pub mod encoder;
 pub mod error;
 pub mod head;
-mod init;
+pub mod init;
 pub mod latent;
 pub mod linear;
 pub mod mlp;
@@ -61,7 +61,7 @@ pub use oxiformers_kernels::{
 pub use oxiformers_quant as quant;
 pub use parameters::{Parameter, Parameters, Slot};
 pub use positions::Positions;
-pub use prompt::{Prompt, PromptKind};
+pub use prompt::{Prompt, PromptEncoder, PromptKind, PromptValues};
 pub use relative::RelativeBias;
 pub use rope::{Rope, RopeParameters, RopeSettings};
 pub use seq2seq::{EncoderDecoder, Seq2SeqDecoder, Seq2SeqLayer};

@@ -48,6 +48,9 @@ pub struct Matrix {
     input: Option<Input>,
     /// Parts of adapters.
     adapters: Vec<AdapterLayer>,
+    /// The row that learns nothing when it is looked up.
+    #[module(skip)]
+    padding: Option<usize>,
 }
 
 /// What is done with activations before they are multiplied, in some schemes of quantization.
@@ -85,6 +88,7 @@ impl Matrix {
             observed: None,
             input: None,
             adapters: Vec::new(),
+            padding: None,
         }
     }
 
@@ -96,6 +100,7 @@ impl Matrix {
             observed: None,
             input: None,
             adapters: Vec::new(),
+            padding: None,
         }
     }
 
@@ -128,6 +133,18 @@ impl Matrix {
     pub fn with_adapters(mut self, adapters: Vec<AdapterLayer>) -> Self {
         self.adapters = adapters;
         self
+    }
+
+    /// The same matrix, whose row `padding` learns nothing when it is looked up: PyTorch's `padding_idx`.
+    #[must_use]
+    pub fn with_padding(mut self, padding: Option<usize>) -> Self {
+        self.padding = padding;
+        self
+    }
+
+    /// The row that learns nothing when it is looked up.
+    pub(crate) fn padding(&self) -> Option<usize> {
+        self.padding
     }
 
     /// Its input, as it is multiplied.
@@ -240,7 +257,7 @@ impl Matrix {
     fn rows_alone(&self, ids: Tensor<1, Int>) -> Tensor<2> {
         match (&self.packed, &self.dense) {
             (Some(packed), _) => oxiformers_kernels::packed_rows(ids, packed),
-            (None, Some(dense)) => oxiformers_kernels::rows(dense.val(), ids),
+            (None, Some(dense)) => oxiformers_kernels::rows(dense.val(), ids, self.padding),
             (None, None) => Tensor::zeros([0, 0], &ids.device()),
         }
     }

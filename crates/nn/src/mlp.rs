@@ -113,7 +113,7 @@ impl GatedMlp {
         let (gate, up) = match (&self.gate_proj, &self.up_proj, &self.gate_up_proj) {
             (Some(gate), Some(up), _) if self.inner_norm.is_none() && !training::drops_activations() => {
                 let layers = [gate, up, &self.down_proj];
-                return training::hidden(Linear::gated_feed_forward(layers, x, self.act));
+                return training::feed_forward(Linear::gated_feed_forward(layers, x, self.act));
             }
             (Some(gate), Some(up), _) => Linear::forward_all([gate, up], x).into(),
             (_, _, Some(both)) => {
@@ -129,7 +129,7 @@ impl GatedMlp {
             Some(norm) => norm.forward(inner),
             None => inner,
         };
-        training::hidden(self.down_proj.forward(inner))
+        training::feed_forward(self.down_proj.forward(inner))
     }
 }
 
@@ -168,8 +168,8 @@ impl Mlp {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         if training::drops_activations() {
             let x = training::activation(self.fc1.forward_act(x, self.act));
-            return training::hidden(self.fc2.forward(x));
+            return training::feed_forward(self.fc2.forward(x));
         }
-        training::hidden(Linear::feed_forward([&self.fc1, &self.fc2], x, self.act))
+        training::feed_forward(Linear::feed_forward([&self.fc1, &self.fc2], x, self.act))
     }
 }

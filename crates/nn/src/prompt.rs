@@ -6,17 +6,60 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use crate::adapter::Switch;
-use crate::{Cache, Context, DecoderLayer, Stack};
+use crate::{Activation, Cache, Context, DecoderLayer, Linear, Stack};
 
 /// Virtual tokens that an adapter brings.
 #[derive(Module, Debug)]
 pub struct Prompt {
-    /// `[tokens, hidden_size]`, or `[tokens, layers * 2 * heads * head_dim]`.
-    pub values: Param<Tensor<2>>,
+    values: PromptValues,
     #[module(skip)]
     kind: PromptKind,
     #[module(skip)]
     switch: Arc<Switch>,
+}
+
+/// Where the values of virtual tokens come from.
+#[derive(Module, Debug)]
+pub enum PromptValues {
+    /// `[tokens, hidden_size]`, or `[tokens, layers * 2 * heads * head_dim]`.
+    Stored(Param<Tensor<2>>),
+    /// They are made of others while they are learned.
+    Encoded(PromptEncoder),
+}
+
+/// Linear layers with an activation between them over a table: what P-tuning learns, and prefix tuning where it projects.
+#[derive(Module, Debug)]
+pub struct PromptEncoder {
+    /// `[tokens, width]`.
+    pub embedding: Param<Tensor<2>>,
+    /// The layers.
+    pub layers: Vec<Linear>,
+    /// What is between them.
+    #[module(skip)]
+    pub act: Activation,
+}
+
+impl PromptEncoder {
+    /// `[tokens, outputs of the last layer]`.
+    pub fn forward(&self) -> Tensor<2> {
+        let mut x = self.embedding.val();
+        for (index, layer) in self.layers.iter().enumerate() {
+            if index > 0 {
+                x = self.act.forward(x);
+            }
+            x = layer.forward(x);
+        }
+        x
+    }
+}
+
+impl PromptValues {
+    fn val(&self) -> Tensor<2> {
+        match self {
+            Self::Stored(values) => values.val(),
+            Self::Encoded(encoder) => encoder.forward(),
+        }
+    }
 }
 
 /// What virtual tokens are.
@@ -35,7 +78,7 @@ pub enum PromptKind {
 
 impl Prompt {
     /// From its values.
-    pub fn new(values: Param<Tensor<2>>, kind: PromptKind, switch: Arc<Switch>) -> Self {
+    pub fn new(values: PromptValues, kind: PromptKind, switch: Arc<Switch>) -> Self {
         Self { values, kind, switch }
     }
 
@@ -59,6 +102,9 @@ impl Prompt {
         }
         let values = prompt.values.val();
         let ([tokens, width], batch) = (values.dims(), cache.padding().len());
+        if tokens == 0 {
+            return;
+        }
         match prompt.kind {
             PromptKind::Embeddings => {
                 let x = values.unsqueeze::<3>().expand([batch, tokens, width]);
@@ -69,7 +115,11 @@ impl Prompt {
                 for index in 0..stack.layers.len() {
                     x = stack.run_layer(index, x, &mut cx);
                 }
+                if let Some(norm) = &stack.norm {
+                    x = norm.forward(x);
+                }
                 cache.replace_padding(padding);
+                cache.set_prompt_state(x.narrow(1, tokens - 1, 1));
             }
             PromptKind::KeysAndValues { layers, heads } => {
                 let dim = width / (2 * layers * heads).max(1);

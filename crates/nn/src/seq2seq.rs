@@ -281,7 +281,9 @@ impl<'a> TiedTables<'a> {
         if let Some((_, table)) = self.loaded.iter().find(same) {
             return Ok(table.clone());
         }
-        let table = Embedding::load_alone(&self.w.pp(place), rows, width)?;
+        // The rows of an output layer alone are no inputs.
+        let padding = (place != "lm_head").then(|| self.w.padding_idx()).flatten();
+        let table = Embedding::load_padded(&self.w.pp(place), rows, width, padding)?;
         self.loaded.push((place.to_string(), table.clone()));
         Ok(table)
     }

@@ -82,6 +82,7 @@ impl<L: DecoderLayer> Stack<L> {
         if let Some(norm) = &self.norm {
             x = norm.forward(x);
         }
+        x = training::last(x);
         hidden_states.extend(keep.then(|| x.clone()));
         EncoderOutput {
             last_hidden_state: x,

@@ -12,7 +12,7 @@ pub use oxiformers_quant::to_f32;
 use oxiformers_quant::{PackedMatrix, Recipe};
 
 use crate::adapter::AdapterLayer;
-use crate::init::normal;
+use crate::init::{Normal, normal};
 use crate::linear::{Matrix, Observer};
 use crate::parameters::{Kind, Parameter, Parameters, Slot};
 use crate::prompt::Prompt;
@@ -143,7 +143,12 @@ pub struct Weights {
     pub(crate) without_output: bool,
     /// Standard deviation of what is initialized here, where that is not the model's `initializer_range`.
     std: Option<f64>,
+    /// The row of a table here that stands for nothing.
+    padding: Option<usize>,
 }
+
+/// What a tensor of that name is initialized with.
+type Distribution = dyn Fn(&str) -> Option<Normal> + Send + Sync;
 
 pub(crate) struct Shared {
     pub(crate) source: Option<Box<dyn TensorSource>>,
@@ -151,6 +156,10 @@ pub(crate) struct Shared {
     /// How modules are stored that are not stored as they are.
     pub(crate) stored_as: Option<Recipe>,
     initializer_range: f64,
+    /// How the tensors are initialized that have a distribution of their own.
+    distribution: Option<Box<Distribution>>,
+    /// The row of padding in the tables of tokens.
+    padding_idx: Option<usize>,
     base_prefix: String,
     pub(crate) used: Mutex<BTreeSet<String>>,
     params: Mutex<Vec<(ParamId, String)>>,
@@ -196,6 +205,33 @@ impl Weights {
         self
     }
 
+    /// The same checkpoint, where tensors that `distribution` gives one by their whole names are initialized so.
+    #[must_use]
+    pub fn distributed(
+        mut self,
+        distribution: impl Fn(&str) -> Option<Normal> + Send + Sync + 'static,
+    ) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.distribution = Some(Box::new(distribution));
+        }
+        self
+    }
+
+    /// The same checkpoint, in whose [tables of tokens](crate::Embedding::load_tokens) the row `padding_idx` stands for
+    /// nothing.
+    #[must_use]
+    pub fn padded_with(mut self, padding_idx: Option<usize>) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.padding_idx = padding_idx;
+        }
+        self
+    }
+
+    /// The row of padding in tables of tokens.
+    pub(crate) fn padding_idx(&self) -> Option<usize> {
+        self.shared.padding_idx
+    }
+
     /// The same checkpoint, whose modules are stored as its configuration says.
     #[must_use]
     pub fn stored_as(mut self, recipe: Option<&Recipe>) -> Self {
@@ -226,6 +262,8 @@ impl Weights {
                 options,
                 stored_as: None,
                 initializer_range,
+                distribution: None,
+                padding_idx: None,
                 base_prefix,
                 used: Mutex::default(),
                 params: Mutex::default(),
@@ -238,6 +276,7 @@ impl Weights {
             kind: Kind::Other,
             without_output: false,
             std: None,
+            padding: None,
         }
     }
 
@@ -300,6 +339,14 @@ impl Weights {
     pub fn with_std(&self, std: f64) -> Self {
         Self {
             std: Some(std),
+            ..self.clone()
+        }
+    }
+
+    /// The same place, where the row `padding` of what is initialized is 0.
+    pub(crate) fn with_padding(&self, padding: Option<usize>) -> Self {
+        Self {
+            padding,
             ..self.clone()
         }
     }
@@ -892,7 +939,17 @@ impl Weights {
         let tensor = match init {
             Init::Normal => {
                 let std = self.std.unwrap_or(self.shared.initializer_range);
-                let values = normal(self.shared.options.seed, full, std, shape.iter().product());
+                let own = self.shared.distribution.as_ref().and_then(|of| of(full));
+                let distribution = own.unwrap_or(Normal::new(std));
+                let count = shape.iter().product();
+                let mut values = normal(self.shared.options.seed, full, distribution, count);
+                let width = shape[1..].iter().product::<usize>();
+                if let Some(row) = self
+                    .padding
+                    .and_then(|row| values.chunks_mut(width.max(1)).nth(row))
+                {
+                    row.fill(0.0);
+                }
                 Tensor::from_data(TensorData::new(values, shape), device)
             }
             Init::Zeros => Tensor::zeros(shape, device),

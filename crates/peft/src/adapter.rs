@@ -11,10 +11,12 @@ use oxiformers_nn::adapter::{Ia3, Lora, LoraEmbedding, Part, Saved, Vera};
 use oxiformers_nn::linear::Matrix;
 use oxiformers_nn::weights::to_f32;
 use oxiformers_nn::{
-    Error as NnError, Prompt, PromptKind, Result as NnResult, Switch, Target, TargetKind, Weights,
+    Activation, Error as NnError, Linear, Prompt, PromptEncoder, PromptKind, PromptValues,
+    Result as NnResult, Role, SurveyedMatrix, Switch, Target, TargetKind, Weights,
 };
+use serde_json::Value;
 
-use crate::config::{AdapterConfig, Bias, CONFIG_FILE, InitLora, LoraConfig, Method};
+use crate::config::{AdapterConfig, Bias, CONFIG_FILE, InitLora, LoraConfig, Method, PromptConfig};
 use crate::error::{Error, Result};
 use crate::linalg;
 use crate::random::Mt19937;
@@ -23,6 +25,23 @@ use crate::random::Mt19937;
 pub(crate) const PREFIX: &str = "base_model.model.";
 /// The same for what belongs to no module.
 pub(crate) const SHORT_PREFIX: &str = "base_model.";
+/// What the virtual tokens are stored as.
+const PROMPT: &str = "prompt_embeddings";
+/// What the parameters are called that make virtual tokens while they are trained.
+const ENCODER: &str = "prompt_encoder.";
+const EMBEDDING: &str = "embedding.weight";
+
+/// What PEFT calls a part of a layer that makes virtual tokens, of which activations stand in every second place.
+fn layer_name(method: &Method, index: usize, last: &str) -> String {
+    let layers = match method {
+        Method::PrefixTuning(_) => "transform",
+        _ => "mlp_head",
+    };
+    format!("{layers}.{}.{last}", 2 * index)
+}
+
+/// Tensors by their names: shapes and values.
+type Stored = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 /// An adapter that was read from its files.
 #[derive(Debug)]
@@ -37,7 +56,8 @@ pub struct Adapter {
     fresh: Option<u64>,
     /// VeRA's random matrices, which all modules share.
     projections: Mutex<Option<[Tensor<2>; 2]>>,
-    widest: Mutex<Option<usize>>,
+    /// The most outputs and inputs of the modules that VeRA adapts, as far as they are known.
+    widest: Mutex<[Option<usize>; 2]>,
     params: Mutex<Vec<(ParamId, String)>>,
 }
 
@@ -118,10 +138,7 @@ impl Adapter {
     ];
 
     /// The tensors of its file, given what was trained with it by the names of parameters: shapes and values.
-    pub fn trained_tensors(
-        &self,
-        trained: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
-    ) -> BTreeMap<String, TensorView> {
+    pub fn trained_tensors(&self, trained: Stored) -> BTreeMap<String, TensorView> {
         let view = |(shape, values): (Vec<usize>, Vec<f32>)| TensorView {
             dtype: DType::F32,
             shape,
@@ -131,6 +148,14 @@ impl Adapter {
                 .collect::<Vec<u8>>()
                 .into(),
         };
+        let mut trained = trained;
+        if let Some(values) = self.encoded_prompt(&trained) {
+            trained.retain(|name, _| !name.contains(ENCODER));
+            trained.insert(format!("{PREFIX}{PROMPT}"), values);
+        }
+        if let Some(projections) = self.saved_projections() {
+            trained.extend(projections);
+        }
         let (own, others): (Vec<_>, Vec<_>) = trained
             .into_iter()
             .partition(|(name, _)| name.starts_with(PREFIX));
@@ -178,12 +203,20 @@ impl Adapter {
             )));
         }
         match &config.method {
-            Method::Lora(_) | Method::Ia3(_) | Method::PromptTuning(_) | Method::PrefixTuning(_) => {}
-            _ => {
-                return Err(Error::Refused(format!(
-                    "{name}: {} adapters are used, but not trained here",
-                    config.peft_type()
-                )));
+            Method::Lora(_) | Method::Ia3(_) | Method::Vera(_) => {}
+            Method::PromptTuning(prompt) | Method::PTuning(prompt) | Method::PrefixTuning(prompt) => {
+                let known = [
+                    ("prompt_tuning_init", "RANDOM"),
+                    ("encoder_reparameterization_type", "MLP"),
+                ];
+                for (field, known) in known {
+                    let given = prompt.other.get(field).and_then(Value::as_str);
+                    if let Some(given) = given.filter(|given| *given != known) {
+                        return Err(Error::Refused(format!(
+                            "{name}: `{field}` is {given}; a prompt begins here with {known} only"
+                        )));
+                    }
+                }
             }
         }
         Ok(Self {
@@ -547,11 +580,13 @@ impl Adapter {
             return Ok(None);
         };
         let names = target.names.as_slice();
-        let endings = [".vera_lambda_d", ".vera_lambda_b"];
-        let [Some(d), Some(b)] = endings.map(|ending| self.find(names, ending)) else {
-            return Ok(None);
-        };
         let [rows, cols] = target.matrix.shape();
+        let endings = [".vera_lambda_d", ".vera_lambda_b"];
+        let begins = self.fresh.is_some() && target.kind != TargetKind::Embedding && self.targets(target)?;
+        let vectors = endings.map(|ending| self.find(names, ending));
+        if !begins && vectors.iter().any(Option::is_none) {
+            return Ok(None);
+        }
         let [vera_a, vera_b] = self.projections(w)?;
         let ([rank, width], [height, other]) = (vera_a.dims(), vera_b.dims());
         if rank != other || width < cols || height < rows {
@@ -560,11 +595,19 @@ impl Adapter {
                 target.name()
             )));
         }
+        let vector = |found: Option<(&str, &TensorView)>, ending: &str, size: usize, value: f64| match found {
+            Some(found) => self.param(w, found, [size]),
+            None => {
+                let values = TensorData::new(vec![value as f32; size], [size]);
+                Ok(self.make(w, format!("{}{ending}", target.name()), values, self.trained))
+            }
+        };
+        let [d, b] = vectors;
         Ok(Some(Part::Vera(Vera {
             vera_a,
             vera_b,
-            lambda_d: self.param(w, d, [rank])?,
-            lambda_b: self.param(w, b, [rows])?,
+            lambda_d: vector(d, endings[0], rank, config.d_initial)?,
+            lambda_b: vector(b, endings[1], rows, 0.0)?,
             dropout: config.vera_dropout,
         })))
     }
@@ -576,7 +619,7 @@ impl Adapter {
             return Ok(both.clone());
         }
         if let Method::Vera(config) = &self.config.method
-            && !config.save_projection
+            && (!config.save_projection || self.fresh.is_some())
             && !self.tensors.contains_key("vera_A")
         {
             let both = self.drawn_projections(config, w)?;
@@ -609,11 +652,13 @@ impl Adapter {
             .tensors
             .iter()
             .filter(|(name, _)| name.ends_with(".vera_lambda_b"));
+        let [widest_rows, widest_cols] = *lock(&self.widest);
         let rows = outputs
             .filter_map(|(_, view)| view.shape.first().copied())
+            .chain(widest_rows)
             .max()
             .unwrap_or(0);
-        let cols = lock(&self.widest).ok_or_else(|| {
+        let cols = widest_cols.ok_or_else(|| {
             self.wrong(format!(
                 "`{SHORT_PREFIX}vera_A` is not stored; say how wide the model's widest adapted module is, or save the adapter \
                  with `save_projection`"
@@ -633,8 +678,152 @@ impl Adapter {
     /// matrices.
     #[must_use]
     pub fn with_widest(self, inputs: usize) -> Self {
-        *lock(&self.widest) = Some(inputs);
+        lock(&self.widest)[1] = Some(inputs);
         self
+    }
+
+    /// Whether it has to know all modules that it adapts before a model is loaded with it: to be
+    /// [measured](Self::measure) on a survey of the model. VeRA's matrices are as large as the largest module.
+    pub fn begins_with_a_survey(&self) -> bool {
+        self.fresh.is_some() && matches!(self.config.method, Method::Vera(_))
+    }
+
+    /// Takes note of how large the modules are that it adapts.
+    ///
+    /// # Errors
+    /// A pattern of the configuration that is none.
+    pub fn measure(&self, matrices: &[SurveyedMatrix]) -> Result<()> {
+        let Some(targets) = self.config.targets() else {
+            return Ok(());
+        };
+        let task = self.config.task_type.as_deref();
+        let mut widest = [None; 2];
+        for matrix in matrices {
+            let kind = match matrix.role {
+                Role::Linear | Role::Expert => TargetKind::Linear,
+                Role::Conv1d => TargetKind::Conv1d,
+                Role::Output => TargetKind::Output,
+                Role::Kept => TargetKind::Embedding,
+            };
+            let adapts = targets.contains(matrix.module(), kind, task);
+            let adapts =
+                adapts.map_err(|message| Error::Refused(format!("{}: {message}", self.switch.name())))?;
+            if adapts {
+                for (most, size) in widest.iter_mut().zip(matrix.shape) {
+                    *most = Some(most.unwrap_or(0).max(size));
+                }
+            }
+        }
+        *lock(&self.widest) = widest;
+        Ok(())
+    }
+
+    /// VeRA's matrices, where a fresh adapter stores them.
+    fn saved_projections(&self) -> Option<Stored> {
+        match &self.config.method {
+            Method::Vera(config) if config.save_projection && self.fresh.is_some() => {}
+            _ => return None,
+        }
+        let both = lock(&self.projections).clone()?;
+        let stored = |(name, tensor): (&str, Tensor<2>)| {
+            let shape = tensor.dims().to_vec();
+            (
+                format!("{PREFIX}{name}"),
+                (shape, tensor.into_data().iter::<f32>().collect()),
+            )
+        };
+        Some(["vera_A", "vera_B"].into_iter().zip(both).map(stored).collect())
+    }
+
+    /// The virtual tokens that a fresh adapter's encoder makes of what was trained.
+    fn encoded_prompt(&self, trained: &Stored) -> Option<(Vec<usize>, Vec<f32>)> {
+        let tensor = |name: &str| trained.get(&format!("{PREFIX}{ENCODER}{name}"));
+        let device = Device::flex();
+        let matrix = |name: &str| {
+            let (shape, values) = tensor(name)?;
+            let [rows, cols] = shape[..] else { return None };
+            let data = TensorData::new(values.clone(), [rows, cols]);
+            Some(Param::initialized(
+                ParamId::new(),
+                Tensor::<2>::from_data(data, &device),
+            ))
+        };
+        let embedding = matrix(EMBEDDING)?;
+        let (_, act) = self.encoder_layers()?;
+        let mut layers = Vec::new();
+        while let Some(weight) = matrix(&layer_name(&self.config.method, layers.len(), "weight")) {
+            let (shape, values) = tensor(&layer_name(&self.config.method, layers.len(), "bias"))?;
+            let data = TensorData::new(values.clone(), [shape[0]]);
+            let bias = Param::initialized(ParamId::new(), Tensor::<1>::from_data(data, &device));
+            layers.push(Linear {
+                weight: Matrix::dense(weight),
+                bias: Some(bias),
+            });
+        }
+        let values = PromptEncoder {
+            embedding,
+            layers,
+            act,
+        }
+        .forward();
+        Some((values.dims().to_vec(), values.into_data().iter::<f32>().collect()))
+    }
+
+    /// How many layers a fresh prompt's encoder has, and what is between them; none where the tokens are learned as they
+    /// are.
+    fn encoder_layers(&self) -> Option<(usize, Activation)> {
+        match &self.config.method {
+            Method::PTuning(_) => Some((3, Activation::Relu)),
+            Method::PrefixTuning(config) => {
+                let projects = config.other.get("prefix_projection").and_then(Value::as_bool);
+                (projects == Some(true)).then_some((2, Activation::Tanh))
+            }
+            _ => None,
+        }
+    }
+
+    /// A fresh prompt of so many values for each token, which an encoder makes.
+    fn fresh_encoder(
+        &self,
+        config: &PromptConfig,
+        outputs: usize,
+        w: &Weights,
+    ) -> NnResult<Option<PromptEncoder>> {
+        let Some((count, act)) = self.encoder_layers() else {
+            return Ok(None);
+        };
+        let width = config.token_dim.unwrap_or(outputs);
+        let hidden = config.other.get("encoder_hidden_size").and_then(Value::as_u64);
+        let hidden = hidden.map_or(width, |hidden| hidden as usize);
+        if hidden == 0 || width == 0 {
+            return Err(self.wrong("`encoder_hidden_size` and `token_dim` cannot be 0"));
+        }
+        let name = |name: &str| format!("{ENCODER}{name}");
+        let table = [config.num_virtual_tokens, width];
+        let values = self.generator(&name(EMBEDDING)).normal(table[0] * table[1], 1.0);
+        let embedding = self.make(w, name(EMBEDDING), TensorData::new(values, table), true);
+        let mut layers = Vec::new();
+        let mut inputs = width;
+        for index in 0..count {
+            let outputs = if index + 1 == count { outputs } else { hidden };
+            // As PyTorch's linear layers begin.
+            let bound = 1.0 / (inputs as f32).sqrt();
+            let draw = |name: &str, count| self.generator(name).uniform(count, -bound, bound);
+            let [weight, bias] =
+                ["weight", "bias"].map(|last| name(&layer_name(&self.config.method, index, last)));
+            let values = TensorData::new(draw(&weight, outputs * inputs), [outputs, inputs]);
+            let of_bias = TensorData::new(draw(&bias, outputs), [outputs]);
+            layers.push(Linear {
+                weight: Matrix::dense(self.make(w, weight, values, true)),
+                bias: Some(self.make(w, bias, of_bias, true)),
+            });
+            inputs = outputs;
+        }
+        Ok(Some(PromptEncoder {
+            embedding,
+            layers,
+            act,
+        }))
     }
 
     /// A module that it brings whole.
@@ -751,20 +940,17 @@ impl oxiformers_nn::Adapter for Adapter {
             }
         };
         let shape = [config.num_virtual_tokens, columns];
-        let values = if self.fresh.is_some() {
-            let values = self
-                .generator("prompt_embeddings")
-                .normal(shape[0] * shape[1], 1.0);
-            self.make(
-                w,
-                "prompt_embeddings".to_string(),
-                TensorData::new(values, shape),
-                true,
-            )
-        } else {
-            let found = self.find(&["prompt_embeddings"], "");
-            let found = found.ok_or_else(|| self.wrong("the tensor `prompt_embeddings` is missing"))?;
-            self.param(w, found, shape)?
+        let values = match (self.fresh.is_some(), self.find(&[PROMPT], "")) {
+            (true, _) => match self.fresh_encoder(config, columns, w)? {
+                Some(encoder) => PromptValues::Encoded(encoder),
+                None => {
+                    let values = self.generator(PROMPT).normal(shape[0] * shape[1], 1.0);
+                    let values = TensorData::new(values, shape);
+                    PromptValues::Stored(self.make(w, PROMPT.to_string(), values, true))
+                }
+            },
+            (false, Some(found)) => PromptValues::Stored(self.param(w, found, shape)?),
+            (false, None) => return Err(self.wrong(format!("the tensor `{PROMPT}` is missing"))),
         };
         Ok(Some(Prompt::new(values, kind, self.switch.clone())))
     }

@@ -21,7 +21,7 @@ use oxiformers_data::{
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::DType;
 use oxiformers_models::nn::quant::{MethodOptions, QuantizationConfig};
-use oxiformers_models::nn::{LoadOptions, Parameters};
+use oxiformers_models::nn::{LoadOptions, Parameters, Survey};
 use oxiformers_models::tasks::{
     MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification,
 };
@@ -657,19 +657,23 @@ impl Build<'_> {
             TaskName::CausalLm => {
                 let task = CausalLanguageModeling::new(objective, &self.config);
                 let (parameters, options, adapter) = self.options()?;
-                let model = match &self.files {
-                    Some(files) => AutoModelForCausalLM::from_files(&self.with_config(files)?, &options)?,
-                    None => AutoModelForCausalLM::from_config(self.config.clone(), &options)?,
-                };
+                let model = self.load(
+                    &options,
+                    adapter.as_deref(),
+                    AutoModelForCausalLM::from_files,
+                    AutoModelForCausalLM::from_config,
+                )?;
                 self.trainer(task, model, parameters, adapter)
             }
             TaskName::Seq2seqLm | TaskName::Denoising => {
                 let task = Seq2SeqLanguageModeling::new(objective, &self.config)?;
                 let (parameters, options, adapter) = self.options()?;
-                let model = match &self.files {
-                    Some(files) => AutoModelForSeq2SeqLM::from_files(&self.with_config(files)?, &options)?,
-                    None => AutoModelForSeq2SeqLM::from_config(self.config.clone(), &options)?,
-                };
+                let model = self.load(
+                    &options,
+                    adapter.as_deref(),
+                    AutoModelForSeq2SeqLM::from_files,
+                    AutoModelForSeq2SeqLM::from_config,
+                )?;
                 self.trainer(task, model, parameters, adapter)
             }
             TaskName::MaskedLm => self.head::<MaskedLM>(objective),
@@ -683,11 +687,38 @@ impl Build<'_> {
     fn head<T: TrainedHead>(self, objective: Arc<dyn Objective>) -> Result<Box<dyn Job>> {
         let task = TextTask::new(objective, &self.config)?;
         let (parameters, options, adapter) = self.options()?;
-        let model = match &self.files {
-            Some(files) => AutoModelFor::<T>::from_files(&self.with_config(files)?, &options)?,
-            None => AutoModelFor::<T>::from_config(self.config.clone(), &options)?,
-        };
+        let model = self.load(
+            &options,
+            adapter.as_deref(),
+            AutoModelFor::<T>::from_files,
+            AutoModelFor::<T>::from_config,
+        )?;
         self.trainer(task.with_head::<T>(), model, parameters, adapter)
+    }
+
+    /// The model, from its files or anew.
+    fn load<M>(
+        &self,
+        options: &LoadOptions,
+        adapter: Option<&Adapter>,
+        from_files: impl Fn(&ModelFiles, &LoadOptions) -> Result<M, oxiformers_models::Error>,
+        from_config: impl Fn(AutoConfig, &LoadOptions) -> Result<M, oxiformers_models::Error>,
+    ) -> Result<M> {
+        let Some(files) = &self.files else {
+            return Ok(from_config(self.config.clone(), options)?);
+        };
+        let files = self.with_config(files)?;
+        if let Some(adapter) = adapter.filter(|adapter| adapter.begins_with_a_survey()) {
+            let survey = Arc::new(Survey::default());
+            let described = LoadOptions {
+                survey: Some(survey.clone()),
+                new_heads: true,
+                ..LoadOptions::default()
+            };
+            from_files(&files, &described)?;
+            adapter.measure(&survey.matrices())?;
+        }
+        Ok(from_files(&files, options)?)
     }
 
     /// What is trained, how the model is loaded, and the adapter if there is one.
@@ -697,10 +728,8 @@ impl Build<'_> {
         let adapter = match &section.adapter {
             Some(fields) => {
                 let base = section.name.as_deref().unwrap_or_default();
-                let (task, model_type) = (self.recipe.task, self.config.model_type.as_str());
-                Some(Arc::new(adapter::from_recipe(
-                    fields, task, model_type, base, seed,
-                )?))
+                let (task, model) = (self.recipe.task, &self.config.json);
+                Some(Arc::new(adapter::from_recipe(fields, task, model, base, seed)?))
             }
             None => None,
         };

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData};
 use oxiformers_data::tasks::{Batch, Draw, IGNORED, Objective, Row, Targets};
-use oxiformers_models::nn::training::{Dropout, Pass};
+use oxiformers_models::dropout::dropout;
+use oxiformers_models::nn::training::Pass;
 use oxiformers_models::nn::{CacheKind, EncoderInputs, LogitsFor};
 use oxiformers_models::tasks::{
     MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TaskType, TokenClassification,
@@ -75,14 +76,14 @@ impl CausalLanguageModeling {
     pub fn new(objective: Arc<dyn Objective>, config: &AutoConfig) -> Self {
         Self {
             objective,
-            pass: pass(config),
+            pass: pass(&config.json, None),
         }
     }
 }
 
-fn pass(config: &AutoConfig) -> Pass {
+fn pass(config: &Value, task: Option<oxiformers_models::Task>) -> Pass {
     Pass {
-        dropout: Dropout::of_config(&config.json),
+        dropout: dropout(config, task),
         ..Pass::default()
     }
 }
@@ -134,20 +135,28 @@ impl Task for CausalLanguageModeling {
             cache.set_segments(&batch.segments);
         }
         let logits = model.forward(ids(&batch.input_ids, &model.device()), &mut cache, LogitsFor::All);
-        drop(cache);
         let [_, _, classes] = logits.dims();
-        let targets = next_tokens(batch, labels);
-        let loss = cross_entropy(
-            logits.clone().reshape([rows * seq, classes]),
-            &targets,
-            options.label_smoothing,
-        )?;
+        let mut targets = next_tokens(batch, labels);
+        // Where nobody else holds them, logits become their own gradient.
+        let answers = match options.answers {
+            true => Logits::Tokens(logits.clone()),
+            false => Logits::None,
+        };
+        let mut judged = logits.reshape([rows * seq, classes]);
+        if let Some(state) = cache.take_prompt_state() {
+            // The first token follows the last virtual one.
+            targets.extend(
+                labels
+                    .iter()
+                    .map(|labels| labels.first().copied().unwrap_or(IGNORED)),
+            );
+            let first = model.decoder.logits(state).reshape([rows, classes]);
+            judged = Tensor::cat(vec![judged, first], 0);
+        }
+        drop(cache);
+        let loss = cross_entropy(judged, &targets, options.label_smoothing)?;
         Ok(Outputs {
-            logits: if options.answers {
-                Logits::Tokens(logits)
-            } else {
-                Logits::None
-            },
+            logits: answers,
             ..Outputs::new(loss)
         })
     }
@@ -346,7 +355,8 @@ pub struct TextTask {
     objective: Arc<dyn Objective>,
     problem: ProblemType,
     labels: Vec<String>,
-    pass: Pass,
+    /// What `config.json` says.
+    config: Value,
 }
 
 impl TextTask {
@@ -360,13 +370,14 @@ impl TextTask {
             objective,
             problem: labels.problem_type(),
             labels: (0..labels.len()).map(|id| labels.label(id)).collect(),
-            pass: pass(config),
+            config: config.json.clone(),
         })
     }
 
     /// The task with the head `T`.
     pub fn with_head<T: TrainedHead>(self) -> HeadTask<T> {
         HeadTask {
+            pass: pass(&self.config, Some(T::TASK)),
             of: self,
             head: std::marker::PhantomData,
         }
@@ -376,6 +387,7 @@ impl TextTask {
 /// [`TextTask`] with a head.
 pub struct HeadTask<T> {
     of: TextTask,
+    pass: Pass,
     head: std::marker::PhantomData<T>,
 }
 
@@ -430,7 +442,7 @@ impl<T: TrainedHead> Task for HeadTask<T> {
     }
 
     fn pass(&self) -> Pass {
-        self.of.pass
+        self.pass
     }
 }
 
@@ -479,7 +491,7 @@ impl Seq2SeqLanguageModeling {
                 "t5" | "mt5" | "umt5" | "pegasus" => 0,
                 _ => 1,
             }),
-            pass: pass(config),
+            pass: pass(&config.json, None),
         })
     }
 

@@ -90,9 +90,7 @@ fn compare<T: Task>(
     println!("{name}: largest relative differences of loss, norm, rate: {worst:?}");
 }
 
-#[test]
-fn causal_lm() {
-    let name = "causal-lm";
+fn causal(name: &str) {
     compare(name, false, |objective, config| {
         let (files, parameters, options, saver) = open(name);
         let model = AutoModelForCausalLM::from_files(&files, &options).expect("model");
@@ -105,9 +103,7 @@ fn causal_lm() {
     });
 }
 
-#[test]
-fn seq2seq_lm() {
-    let name = "seq2seq-lm";
+fn seq2seq(name: &str) {
     compare(name, false, |objective, config| {
         let (files, parameters, options, saver) = open(name);
         let model = AutoModelForSeq2SeqLM::from_files(&files, &options).expect("model");
@@ -121,6 +117,38 @@ fn seq2seq_lm() {
             trained,
         )
     });
+}
+
+#[test]
+fn causal_lm() {
+    causal("causal-lm");
+}
+
+#[test]
+fn smoothed_labels_and_noise_on_embeddings() {
+    causal("causal-lm-noise");
+}
+
+/// What Transformers leaves out of embeddings, of the weights of attention, of what blocks add, and within heads, in its
+/// order: the same draws make the same losses.
+#[test]
+fn dropout_of_a_decoder() {
+    causal("causal-lm-dropout");
+}
+
+#[test]
+fn dropout_of_an_encoder() {
+    with_head::<SequenceClassification>("text-classification-dropout", true);
+}
+
+#[test]
+fn dropout_of_an_encoder_decoder() {
+    seq2seq("seq2seq-lm-dropout");
+}
+
+#[test]
+fn seq2seq_lm() {
+    seq2seq("seq2seq-lm");
 }
 
 fn with_head<T: TrainedHead>(name: &str, classes: bool) {

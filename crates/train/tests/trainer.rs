@@ -7,7 +7,9 @@ use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use burn::tensor::FloatDType;
 use given::{Given, arguments, dataset, fixture, open};
+use oxiformers_models::nn::LoadOptions;
 use oxiformers_models::tasks::SequenceClassification;
 use oxiformers_models::{AutoConfig, AutoModelFor, AutoModelForCausalLM};
 use oxiformers_train::tasks::{CausalLanguageModeling, HeadTask, TextTask};
@@ -20,7 +22,17 @@ const NAME: &str = "causal-lm";
 
 /// A training of the language model; the data of the fixture is also evaluated.
 fn language_model(output: &Path, changes: Value) -> Trainer<CausalLanguageModeling> {
+    language_model_as(None, output, changes)
+}
+
+/// The same with weights of another float type.
+fn language_model_as(
+    dtype: Option<FloatDType>,
+    output: &Path,
+    changes: Value,
+) -> Trainer<CausalLanguageModeling> {
     let (files, parameters, options, saver) = open(NAME);
+    let options = LoadOptions { dtype, ..options };
     let model = AutoModelForCausalLM::from_files(&files, &options).expect("model");
     let given = Given { classes: false };
     let data = dataset(&fixture(NAME).join("data.jsonl"), given, &output.join("cache"));
@@ -104,6 +116,36 @@ fn what_was_stopped_goes_on_with_the_same_curve_bit_for_bit() {
     let mut trainer = language_model(&other, changes(json!({"seed": 7})));
     trainer.train_blocking().expect("training");
     assert_ne!(losses(trainer.state()), expected);
+}
+
+#[test]
+fn weights_of_16_bits_learn_as_those_of_32_and_go_on_bit_for_bit() {
+    let folder = tempfile::tempdir().expect("folder");
+    let run = |name: &str, dtype, stop_after: &[u64]| {
+        let output = folder.path().join(name);
+        let mut seen = Vec::new();
+        for step in stop_after {
+            let stop = Arc::new(AtomicBool::new(false));
+            let trainer = language_model_as(dtype, &output, changes(json!({}))).with_stop(stop.clone());
+            let mut trainer = trainer.with_callback(StopAfter(*step, stop));
+            trainer.train_blocking().expect("training");
+            seen = losses(trainer.state());
+        }
+        (seen, contents(&output.join("checkpoint-24")))
+    };
+    let bf16 = Some(FloatDType::BF16);
+    let (whole, whole_files) = run("whole", bf16, &[99]);
+    let (parts, part_files) = run("parts", bf16, &[7, 12, 99]);
+    assert_eq!(parts, whole);
+    // What is kept is what learns: f32, of which the weights of 16 bits are made.
+    assert_eq!(part_files, whole_files);
+    let (plain, _) = run("plain", None, &[99]);
+    assert_eq!((whole.len(), plain.len()), (24, 24));
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    assert!(mean(&whole[18..]) < 0.9 * mean(&whole[..3]), "{whole:?}");
+    for (bf16, f32) in whole.iter().zip(&plain) {
+        assert!((bf16 - f32).abs() < 0.02 * f32, "{bf16} instead of {f32}");
+    }
 }
 
 #[test]
@@ -319,6 +361,5 @@ fn a_trained_model_loads_as_any_other() {
     let target = folder.path().join("model");
     trainer.save_model_blocking(&target).expect("saved");
     let files = oxiformers_hub::ModelFiles::from_dir(&target).expect("saved");
-    let options = oxiformers_models::nn::LoadOptions::default();
-    AutoModelFor::<SequenceClassification>::from_files(&files, &options).expect("saved");
+    AutoModelFor::<SequenceClassification>::from_files(&files, &LoadOptions::default()).expect("saved");
 }

@@ -117,14 +117,7 @@ impl pulp::WithSimd for Gated<'_> {
 
 /// [`Activation::forward`].
 pub(crate) fn activation<const D: usize>(act: Activation, x: Tensor<D>) -> Result<Tensor<D>, Tensor<D>> {
-    let ([x], tape) = match open([Some(x.into_dispatch())]) {
-        Ok(([Some(x)], tape)) => ([x], tape),
-        Ok(_) => unreachable!("it was given"),
-        Err(x) => {
-            let [x] = x.map(|x| x.unwrap_or_else(|| unreachable!("it was given")));
-            return Err(Tensor::from_dispatch(x));
-        }
-    };
+    let ([x], tape) = open([x.into_dispatch()]).map_err(|[x]| Tensor::from_dispatch(x))?;
     let x = flex::contiguous(x);
     let y = flex::inner(act.forward(flex::wrap::<D>(x.clone())).into_dispatch());
     Ok(tape.record(y, move |dy, _| {
@@ -143,14 +136,9 @@ pub(crate) fn gated<const D: usize>(
     gate: Tensor<D>,
     up: Tensor<D>,
 ) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
-    let (gate, up, tape) = match open([gate, up].map(|x| Some(x.into_dispatch()))) {
-        Ok(([Some(gate), Some(up)], tape)) => (flex::contiguous(gate), flex::contiguous(up), tape),
-        Ok(_) => unreachable!("they were given"),
-        Err(both) => {
-            let [gate, up] = both.map(|x| x.unwrap_or_else(|| unreachable!("it was given")));
-            return Err((Tensor::from_dispatch(gate), Tensor::from_dispatch(up)));
-        }
-    };
+    let back = |[gate, up]: [_; 2]| (Tensor::from_dispatch(gate), Tensor::from_dispatch(up));
+    let (both, tape) = open([gate, up].map(Tensor::into_dispatch)).map_err(back)?;
+    let [gate, up] = both.map(flex::contiguous);
     let [a, b] = [&gate, &up].map(|x| flex::wrap::<D>(x.clone()));
     let y = flex::inner(act.gated(a, b).into_dispatch());
     Ok(tape.record(y, move |dy, _| {

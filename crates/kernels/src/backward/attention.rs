@@ -12,11 +12,11 @@ use burn::tensor::Tensor;
 
 use super::tensor;
 use crate::attention::{AttentionOptions, Mask, ScoreBias};
-use crate::autodiff::{is_tracked, open};
+use crate::autodiff::{Tape, is_tracked};
 use crate::flash::{Flash, View, Visible};
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk};
-use crate::{flex, math};
+use crate::{Dropout, flex, math};
 
 /// Rows of a tile: pairs of a query and one of the heads of a group.
 const ROWS: usize = 128;
@@ -37,28 +37,29 @@ pub(crate) fn attention(
 ) -> Result<Tensor<3>, ([Tensor<4>; 3], ScoreBias)> {
     let [q, k, v] = qkv;
     let ([batch, heads, seq, head_dim], [_, _, keys, value_dim]) = (q.dims(), v.dims());
-    let back = |[q, k, v, bias, sinks, alibi]: [Option<_>; 6]| {
-        let qkv = [q, k, v].map(|x| Tensor::from_dispatch(x.unwrap_or_else(|| unreachable!("it was given"))));
-        let [alibi, sinks] = [alibi, sinks].map(|x| x.map(Tensor::from_dispatch));
-        let bias = bias.map(Tensor::from_dispatch);
-        (qkv, ScoreBias { bias, alibi, sinks })
-    };
+    let qkv = [q, k, v].map(Tensor::into_dispatch);
     let [alibi, sinks] = [bias.alibi, bias.sinks].map(|x| x.map(Tensor::into_dispatch));
     let bias = bias.bias.map(Tensor::into_dispatch);
-    let [q, k, v] = [q, k, v].map(|x| Some(x.into_dispatch()));
     // Slopes are constants.
-    if alibi.as_ref().is_some_and(is_tracked) {
-        return Err(back([q, k, v, bias, sinks, alibi]));
-    }
-    let ([q, k, v, bias, sinks, alibi], tape) = open([q, k, v, bias, sinks, alibi]).map_err(back)?;
-    let given = |x: Option<FlexTensor>| flex::dense_rows(x.unwrap_or_else(|| unreachable!("it was given")));
+    let constant = !alibi.as_ref().is_some_and(is_tracked);
+    let all = qkv.iter().chain(&bias).chain(&sinks).chain(&alibi);
+    let Some(mut tape) = Tape::over(all).filter(|_| constant) else {
+        let [alibi, sinks] = [alibi, sinks].map(|x| x.map(Tensor::from_dispatch));
+        let bias = bias.map(Tensor::from_dispatch);
+        return Err((qkv.map(Tensor::from_dispatch), ScoreBias { bias, alibi, sinks }));
+    };
+    let mut place = 0;
     let tensors = Tensors {
-        qkv: [q, k, v].map(given),
-        bias: bias.map(flex::dense_rows),
-        sinks: sinks.map(flex::contiguous),
-        alibi: alibi.map(flex::contiguous),
+        qkv: qkv.map(|x| {
+            place += 1;
+            flex::dense_rows(tape.open(place - 1, x))
+        }),
+        bias: bias.map(|bias| flex::dense_rows(tape.open(3, bias))),
+        sinks: sinks.map(|sinks| flex::contiguous(tape.open(4, sinks))),
+        alibi: alibi.map(|alibi| flex::contiguous(tape.open(5, alibi))),
         scale: options.scale.unwrap_or((head_dim as f64).powf(-0.5)) as f32,
         softcap: options.softcap.map(|cap| cap as f32),
+        dropout: options.dropout,
         visible: mask.visible().clone(),
     };
     let rows = Output::new(batch * heads * seq * 2);
@@ -113,6 +114,7 @@ struct Tensors {
     alibi: Option<FlexTensor>,
     scale: f32,
     softcap: Option<f32>,
+    dropout: Option<Dropout>,
     visible: Visible,
 }
 
@@ -129,6 +131,7 @@ impl Tensors {
             sinks: self.sinks.as_ref().map(flex::values),
             alibi: self.alibi.as_ref().map(flex::values),
             bias: self.bias.as_ref().map(|bias| flex::view(bias).broadcast(all)),
+            dropout: self.dropout,
             visible: &self.visible,
             kept,
         }
@@ -327,6 +330,11 @@ impl pulp::WithSimd for Head<'_> {
                     }
                     let first = start + seen.start;
                     let (weights, slopes) = (&mut weights[seen.clone()], &mut slopes[seen]);
+                    let dropout = (f.dropout).map(|of| of.of_row(((b * heads + head) * seq + query) as u64));
+                    // What a weight is multiplied with, its slope is, too.
+                    if let Some(dropout) = dropout {
+                        dropout.apply(first, slopes);
+                    }
                     self.of.scores(weights, [b, head, query, first]);
                     let [largest, share] = self.of.row(b, head, query);
                     let along = along[row];
@@ -350,6 +358,9 @@ impl pulp::WithSimd for Head<'_> {
                             }
                             self.all_to_bias(slopes, [b, head, query, first]);
                         }
+                    }
+                    if let Some(dropout) = dropout {
+                        dropout.apply(first, weights);
                     }
                 }
                 // SAFETY: as above; the outputs of these keys and heads are this task's.

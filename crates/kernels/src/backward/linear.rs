@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use super::activation::{derivative, gated_gradients};
 use super::{column_sums, tensor, values_mut};
 use crate::activation::Activation;
-use crate::autodiff::open;
+use crate::autodiff::{Tape, open};
 use crate::dense::{self, Left, add_product, product};
 use crate::flex;
 use crate::linear::{Layer, Weight, linears, reference};
@@ -23,35 +23,74 @@ enum Matrix {
     Packed(Arc<dyn PackedMatrix>),
 }
 
-/// The tensors of a layer, and the matrix that is none.
-type Parts = ([Option<DispatchTensor>; 2], Option<Arc<dyn PackedMatrix>>);
+/// A layer before its tensors are opened.
+struct Parts {
+    weight: Stored,
+    bias: Option<DispatchTensor>,
+}
 
-fn take_apart((weight, bias): Layer) -> Parts {
-    let bias = bias.map(Tensor::into_dispatch);
-    match weight {
-        Weight::Dense(weight) => ([Some(weight.into_dispatch()), bias], None),
-        Weight::Packed(matrix) => ([None, bias], Some(matrix)),
+enum Stored {
+    Dense(DispatchTensor),
+    Packed(Arc<dyn PackedMatrix>),
+}
+
+impl Parts {
+    fn new((weight, bias): Layer) -> Self {
+        let weight = match weight {
+            Weight::Dense(weight) => Stored::Dense(weight.into_dispatch()),
+            Weight::Packed(matrix) => Stored::Packed(matrix),
+        };
+        let bias = bias.map(Tensor::into_dispatch);
+        Self { weight, bias }
+    }
+
+    fn back(self) -> Layer {
+        let weight = match self.weight {
+            Stored::Dense(weight) => Weight::Dense(Tensor::from_dispatch(weight)),
+            Stored::Packed(matrix) => Weight::Packed(matrix),
+        };
+        (weight, self.bias.map(Tensor::from_dispatch))
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &DispatchTensor> + Clone {
+        let weight = match &self.weight {
+            Stored::Dense(weight) => Some(weight),
+            Stored::Packed(_) => None,
+        };
+        weight.into_iter().chain(&self.bias)
+    }
+
+    /// The weight, whose gradient has this place, and the bias, whose gradient has the next.
+    fn open<const N: usize>(self, tape: &mut Tape<N>, place: usize) -> (Matrix, Option<FlexTensor>) {
+        let weight = match self.weight {
+            Stored::Dense(weight) => Matrix::Dense(flex::contiguous(tape.open(place, weight))),
+            Stored::Packed(matrix) => Matrix::Packed(matrix),
+        };
+        (weight, self.bias.map(|bias| tape.open(place + 1, bias)))
     }
 }
 
-fn put_together([weight, bias]: [Option<DispatchTensor>; 2], packed: Option<Arc<dyn PackedMatrix>>) -> Layer {
-    let bias = bias.map(Tensor::from_dispatch);
-    match (weight, packed) {
-        (Some(weight), _) => (Weight::Dense(Tensor::from_dispatch(weight)), bias),
-        (None, Some(matrix)) => (Weight::Packed(matrix), bias),
-        (None, None) => unreachable!("a layer has a weight"),
-    }
+/// `x`, whose gradient has place 0, and the layers, each with two places; or all of it back.
+#[allow(clippy::type_complexity)]
+fn open_layers<const D: usize, const L: usize, const N: usize>(
+    x: Tensor<D>,
+    layers: [Layer; L],
+) -> Result<(FlexTensor, [(Matrix, Option<FlexTensor>); L], Tape<N>), (Tensor<D>, [Layer; L])> {
+    let (x, layers) = (x.into_dispatch(), layers.map(Parts::new));
+    let tensors = [&x].into_iter().chain(layers.iter().flat_map(Parts::tensors));
+    let Some(mut tape) = Tape::over(tensors) else {
+        return Err((Tensor::from_dispatch(x), layers.map(Parts::back)));
+    };
+    let x = flex::contiguous(tape.open(0, x));
+    let mut place = 1;
+    let layers = layers.map(|layer| {
+        place += 2;
+        layer.open(&mut tape, place - 2)
+    });
+    Ok((x, layers, tape))
 }
 
 impl Matrix {
-    fn new(dense: Option<FlexTensor>, packed: Option<Arc<dyn PackedMatrix>>) -> Self {
-        match (dense, packed) {
-            (Some(dense), _) => Self::Dense(flex::contiguous(dense)),
-            (None, Some(packed)) => Self::Packed(packed),
-            (None, None) => unreachable!("a layer has a weight"),
-        }
-    }
-
     fn shape(&self) -> [usize; 2] {
         match self {
             Self::Dense(x) => std::array::from_fn(|i| x.layout().shape()[i]),
@@ -133,13 +172,9 @@ pub(crate) fn several<const D: usize, const N: usize>(
     act: Option<Activation>,
 ) -> Result<[Tensor<D>; N], (Tensor<D>, [Layer; N])> {
     let dims = x.dims();
-    let (x, tape) = match open([Some(x.into_dispatch())]) {
-        Ok(([Some(x)], tape)) => (x, tape),
-        Ok(_) => unreachable!("it was given"),
-        Err([x]) => {
-            let x = x.unwrap_or_else(|| unreachable!("it was given"));
-            return Err((Tensor::from_dispatch(x), layers));
-        }
+    let (x, tape) = match open([x.into_dispatch()]) {
+        Ok(([x], tape)) => (x, tape),
+        Err([x]) => return Err((Tensor::from_dispatch(x), layers)),
     };
     let sum = Shared::default();
     let own = sum.clone();
@@ -171,19 +206,8 @@ fn one<const D: usize>(
 ) -> Result<Tensor<D>, (Tensor<D>, Layer)> {
     let mut dims = x.dims();
     let in_features = dims[D - 1];
-    let (parts, packed) = take_apart(layer);
-    let [weight, bias] = parts;
-    let ([x, weight, bias], tape) = match open([Some(x.into_dispatch()), weight, bias]) {
-        Ok((values, tape)) => (values, tape),
-        Err([x, weight, bias]) => {
-            let x = x
-                .map(Tensor::from_dispatch)
-                .unwrap_or_else(|| unreachable!("it was given"));
-            return Err((x, put_together([weight, bias], packed)));
-        }
-    };
-    let x = flex::contiguous(x.unwrap_or_else(|| unreachable!("it was given")));
-    let weight = Matrix::new(weight, packed);
+    let back = |(x, [layer]): (_, [_; 1])| (x, layer);
+    let (x, [(weight, bias)], tape) = open_layers::<D, 1, 3>(x, [layer]).map_err(back)?;
     let [out_features, _] = weight.shape();
     let rows = dims[..D - 1].iter().product::<usize>();
     let x = x.reshape([rows, in_features].into());
@@ -218,25 +242,12 @@ fn one<const D: usize>(
 #[allow(clippy::type_complexity)]
 pub(crate) fn feed_forward<const D: usize>(
     x: Tensor<D>,
-    [first, second]: [Layer; 2],
+    layers: [Layer; 2],
     act: Activation,
 ) -> Result<Tensor<D>, (Tensor<D>, [Layer; 2])> {
     let mut dims = x.dims();
     let in_features = dims[D - 1];
-    let ([w1, b1], packed1) = take_apart(first);
-    let ([w2, b2], packed2) = take_apart(second);
-    let ([x, w1, b1, w2, b2], tape) = match open([Some(x.into_dispatch()), w1, b1, w2, b2]) {
-        Ok((values, tape)) => (values, tape),
-        Err([x, w1, b1, w2, b2]) => {
-            let x = x
-                .map(Tensor::from_dispatch)
-                .unwrap_or_else(|| unreachable!("it was given"));
-            let layers = [put_together([w1, b1], packed1), put_together([w2, b2], packed2)];
-            return Err((x, layers));
-        }
-    };
-    let x = flex::contiguous(x.unwrap_or_else(|| unreachable!("it was given")));
-    let (first, second) = (Matrix::new(w1, packed1), Matrix::new(w2, packed2));
+    let (x, [(first, b1), (second, b2)], tape) = open_layers::<D, 2, 5>(x, layers)?;
     let [out_features, inner] = second.shape();
     let rows = dims[..D - 1].iter().product::<usize>();
     let x = x.reshape([rows, in_features].into());
@@ -268,31 +279,13 @@ pub(crate) fn feed_forward<const D: usize>(
 #[allow(clippy::type_complexity)]
 pub(crate) fn gated_feed_forward<const D: usize>(
     x: Tensor<D>,
-    [gate, up, down]: [Layer; 3],
+    layers: [Layer; 3],
     act: Activation,
 ) -> Result<Tensor<D>, (Tensor<D>, [Layer; 3])> {
     let mut dims = x.dims();
     let in_features = dims[D - 1];
-    let ([w1, b1], packed1) = take_apart(gate);
-    let ([w2, b2], packed2) = take_apart(up);
-    let ([w3, b3], packed3) = take_apart(down);
-    let ([x, w1, b1, w2, b2, w3, b3], tape) = match open([Some(x.into_dispatch()), w1, b1, w2, b2, w3, b3]) {
-        Ok((values, tape)) => (values, tape),
-        Err([x, w1, b1, w2, b2, w3, b3]) => {
-            let x = x
-                .map(Tensor::from_dispatch)
-                .unwrap_or_else(|| unreachable!("it was given"));
-            let layers = [
-                put_together([w1, b1], packed1),
-                put_together([w2, b2], packed2),
-                put_together([w3, b3], packed3),
-            ];
-            return Err((x, layers));
-        }
-    };
-    let x = flex::contiguous(x.unwrap_or_else(|| unreachable!("it was given")));
-    let [first, second, third] =
-        [(w1, packed1), (w2, packed2), (w3, packed3)].map(|(w, packed)| Matrix::new(w, packed));
+    let (x, layers, tape) = open_layers::<D, 3, 7>(x, layers)?;
+    let [(first, b1), (second, b2), (third, b3)] = layers;
     let [out_features, inner] = third.shape();
     let rows = dims[..D - 1].iter().product::<usize>();
     let x = x.reshape([rows, in_features].into());

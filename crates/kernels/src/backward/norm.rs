@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use super::tensor;
-use crate::autodiff::open;
+use crate::autodiff::{Tape, open};
 use crate::output::Output;
 use crate::threads::for_each;
 use crate::{flex, math};
@@ -16,14 +16,8 @@ const ROWS: usize = 16;
 /// `x + y`, of two tensors of the same shape.
 #[allow(clippy::type_complexity)]
 pub(crate) fn add<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Result<Tensor<D>, (Tensor<D>, Tensor<D>)> {
-    let (x, y, tape) = match open([x, y].map(|x| Some(x.into_dispatch()))) {
-        Ok(([Some(x), Some(y)], tape)) => (x, y, tape),
-        Ok(_) => unreachable!("they were given"),
-        Err(both) => {
-            let [x, y] = both.map(|x| x.unwrap_or_else(|| unreachable!("it was given")));
-            return Err((Tensor::from_dispatch(x), Tensor::from_dispatch(y)));
-        }
-    };
+    let back = |[x, y]: [_; 2]| (Tensor::from_dispatch(x), Tensor::from_dispatch(y));
+    let ([x, y], tape) = open([x, y].map(Tensor::into_dispatch)).map_err(back)?;
     let y = flex::contiguous(y);
     let sum = flex::change(x, 1, |start, x| {
         let y = &flex::values(&y)[start..start + x.len()];
@@ -65,16 +59,14 @@ pub(crate) fn norm<const D: usize>(
     } = norm;
     let dims = x.dims();
     let [weight, bias] = [weight, bias].map(|x| x.map(Tensor::into_dispatch));
-    let (x, [weight, bias], tape) = match open([Some(x.into_dispatch()), weight, bias]) {
-        Ok(([Some(x), weight, bias], tape)) => (flex::contiguous(x), [weight, bias], tape),
-        Ok(_) => unreachable!("it was given"),
-        Err([x, weight, bias]) => {
-            let x = x.unwrap_or_else(|| unreachable!("it was given"));
-            let rest = [weight, bias].map(|x| x.map(Tensor::from_dispatch));
-            return Err((Tensor::from_dispatch(x), rest));
-        }
+    let x = x.into_dispatch();
+    let Some(mut tape) = Tape::over([&x].into_iter().chain(&weight).chain(&bias)) else {
+        let rest = [weight, bias].map(|x| x.map(Tensor::from_dispatch));
+        return Err((Tensor::from_dispatch(x), rest));
     };
-    let weight = weight.map(flex::contiguous);
+    let x = flex::contiguous(tape.open(0, x));
+    let weight = weight.map(|weight| flex::contiguous(tape.open(1, weight)));
+    let bias = bias.map(|bias| tape.open(2, bias));
     let plain = |x: &Option<_>| x.clone().map(flex::wrap::<1>);
     let (input, scale) = (flex::wrap::<D>(x.clone()), plain(&weight));
     let y = match centered {

@@ -18,16 +18,7 @@ pub(crate) fn rotary(
     if is_tracked(&cos) || is_tracked(&sin) {
         return Err(back([x, cos, sin]));
     }
-    let ([x, cos, sin], tape) = match open([x, cos, sin].map(Some)) {
-        Ok((tensors, tape)) => (
-            tensors.map(|x| x.unwrap_or_else(|| unreachable!("it was given"))),
-            tape,
-        ),
-        Err(tensors) => {
-            let tensors = tensors.map(|x| x.unwrap_or_else(|| unreachable!("it was given")));
-            return Err(back(tensors));
-        }
-    };
+    let ([x, cos, sin], tape) = open([x, cos, sin]).map_err(back)?;
     let [cos, sin] = [cos, sin].map(flex::wrap::<4>);
     let turn = move |x, cos, sin| {
         let y = crate::rotary(flex::wrap(x), cos, sin, interleaved);

@@ -19,11 +19,10 @@ pub fn split<const D: usize, const N: usize>(x: Tensor<D>, widths: [usize; N]) -
     });
     let dims = x.dims();
     let size = dims[D - 1];
-    let (x, tape) = match open([Some(x.into_dispatch())]) {
-        Ok(([Some(x)], tape)) => (x, tape),
-        Ok(_) => unreachable!("it was given"),
+    let (x, tape) = match open([x.into_dispatch()]) {
+        Ok(([x], tape)) => (x, tape),
         Err([x]) => {
-            let x = Tensor::<D>::from_dispatch(x.unwrap_or_else(|| unreachable!("it was given")));
+            let x = Tensor::<D>::from_dispatch(x);
             return std::array::from_fn(|i| x.clone().narrow(D - 1, starts[i], widths[i]));
         }
     };
@@ -35,7 +34,7 @@ pub fn split<const D: usize, const N: usize>(x: Tensor<D>, widths: [usize; N]) -
     });
     std::array::from_fn(|i| {
         let (start, width, sum) = (starts[i], widths[i], sum.clone());
-        let Ok((_, tape)) = open([Some(whole.clone().into_dispatch())]) else {
+        let Ok((_, tape)) = open([whole.clone().into_dispatch()]) else {
             return whole.clone().narrow(D - 1, start, width);
         };
         tape.record(x.narrow(D - 1, start, width), move |g, _| {

@@ -7,9 +7,9 @@ use crate::autodiff::REFERENCE;
 use crate::dense::{DenseMatrix, Float};
 use crate::testing::noise;
 use crate::{
-    Activation, CrossEntropyOptions, Form, PackedMatrix, Weight, add_layer_norm, add_rms_norm, attention,
-    cross_entropy, feed_forward, gated_feed_forward, layer_norm, linear, linears, rms_norm, rotary, rows,
-    split,
+    Activation, CrossEntropyOptions, Dropout, Form, PackedMatrix, Weight, add_layer_norm, add_rms_norm,
+    attention, cross_entropy, feed_forward, gated_feed_forward, layer_norm, linear, linears, rms_norm,
+    rotary, rows, split,
 };
 
 /// The same tensor, whose gradient is asked for.
@@ -311,12 +311,18 @@ fn rows_of_tables() {
         let ids = TensorData::new(vec![3, 0, 3, 10, 3], [5]);
         Tensor::from_data(ids, &Device::flex().autodiff())
     };
-    same("rows", || {
-        let table = leaf(&table);
-        let y = rows(table.clone(), ids());
-        let g = weighted(y.clone()).backward();
-        vec![numbers(y), gradient(&table, &g)]
-    });
+    for padding in [None, Some(10), Some(3), Some(99)] {
+        same("rows", || {
+            let table = leaf(&table);
+            let y = rows(table.clone(), ids(), padding);
+            let g = weighted(y.clone()).backward();
+            vec![numbers(y), gradient(&table, &g)]
+        });
+    }
+    let table = leaf(&table);
+    let g = weighted(rows(table.clone(), ids(), Some(3))).backward();
+    let g = gradient(&table, &g);
+    assert!(g[18..24].iter().all(|x| *x == 0.0) && g[60..].iter().all(|x| *x != 0.0));
 }
 
 #[test]
@@ -417,6 +423,7 @@ fn attentions_of(
     let options = AttentionOptions {
         scale: (extras > 0).then_some(0.4),
         softcap: (extras == 1).then_some(2.0),
+        dropout: (extras > 0).then_some(Dropout { rate: 0.2, seed: 5 }),
     };
     same(
         &format!("attention {visible:?} {seq} {keys} {heads} {kv_heads} {extras}"),
@@ -450,20 +457,23 @@ fn attentions_of(
 #[test]
 fn attention_like_differences() {
     let (k, v) = (noise(2, [1, 1, 6, 4]), noise(3, [1, 1, 6, 4]));
-    let options = AttentionOptions {
-        scale: None,
-        softcap: Some(1.5),
-    };
-    like_differences(&noise(1, [1, 2, 6, 4]), |q| {
-        let mask = Mask::new(Visible::Causal {
-            first_key: 0,
-            first_query: 0,
-            window: Some(4),
-            padding: vec![1],
+    for dropout in [None, Some(Dropout { rate: 0.4, seed: 2 })] {
+        let options = AttentionOptions {
+            scale: None,
+            softcap: Some(1.5),
+            dropout,
+        };
+        like_differences(&noise(1, [1, 2, 6, 4]), |q| {
+            let mask = Mask::new(Visible::Causal {
+                first_key: 0,
+                first_query: 0,
+                window: Some(4),
+                padding: vec![1],
+            });
+            let qkv = [q, k.clone(), v.clone()];
+            weighted(attention(qkv, &mask, ScoreBias::default(), options))
         });
-        let qkv = [q, k.clone(), v.clone()];
-        weighted(attention(qkv, &mask, ScoreBias::default(), options))
-    });
+    }
 }
 
 /// What is left out of one sum may be in another: a long sequence is cut among tasks.
@@ -476,4 +486,33 @@ fn long_sequences() {
         padding: vec![0],
     };
     attentions_of(&visible, [1100, 1100], [2, 1, 8, 8], 0);
+}
+
+/// Over many draws, what is left out and what is scaled up make no difference.
+#[test]
+fn dropout_of_attention_in_expectation() {
+    let qkv = || [1, 2, 3].map(|seed| noise(seed, [1, 2, 3, 4]));
+    let mask = Mask::new(Visible::Range {
+        tokens: vec![0..3],
+        reach: None,
+    });
+    let run = |dropout| {
+        let options = AttentionOptions {
+            dropout,
+            ..AttentionOptions::default()
+        };
+        numbers(attention(qkv(), &mask, ScoreBias::default(), options))
+    };
+    let draws = 4000;
+    let mut mean = vec![0.0; 24];
+    for seed in 0..draws {
+        for (mean, x) in mean.iter_mut().zip(run(Some(Dropout { rate: 0.3, seed }))) {
+            *mean += x / draws as f32;
+        }
+    }
+    let plain = run(None);
+    for (a, b) in mean.iter().zip(&plain) {
+        assert!((a - b).abs() < 0.02, "{a} {b}");
+    }
+    assert_ne!(run(Some(Dropout { rate: 0.3, seed: 1 })), plain);
 }
