@@ -52,7 +52,7 @@ fn check_length(seq: usize, most: Option<usize>) -> Result<()> {
     }
 }
 
-fn wrong_targets(task: &str) -> Error {
+pub(crate) fn wrong_targets(task: &str) -> Error {
     Error::config(
         "task",
         format!("is {task}, and the batch has the labels of another one"),
@@ -80,15 +80,30 @@ impl CausalLanguageModeling {
     }
 }
 
-fn pass(config: &AutoConfig) -> Pass {
+pub(crate) fn pass(config: &AutoConfig) -> Pass {
     Pass {
         dropout: Dropout::of_config(&config.json),
         ..Pass::default()
     }
 }
 
+/// The logits of every token `[batch, seq, vocab_size]`.
+pub(crate) fn logits(model: &AutoModelForCausalLM, batch: &Batch) -> Result<Tensor<3>> {
+    let [rows, seq] = batch.dims();
+    check_ids("input_ids", &batch.input_ids, model.vocab_size())?;
+    // Positions begin anew in each sequence of a row.
+    if batch.segments.is_empty() {
+        check_length(seq, model.max_position_embeddings())?;
+    }
+    let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; rows]);
+    if !batch.segments.is_empty() {
+        cache.set_segments(&batch.segments);
+    }
+    Ok(model.forward(ids(&batch.input_ids, &model.device()), &mut cache, LogitsFor::All))
+}
+
 /// What each token is to be followed by. The first token of a sequence follows none.
-fn next_tokens(batch: &Batch, labels: &[Vec<i64>]) -> Vec<i64> {
+pub(crate) fn next_tokens(batch: &Batch, labels: &[Vec<i64>]) -> Vec<i64> {
     let row = |(row, labels): (usize, &Vec<i64>)| {
         let segments = batch.segments.get(row);
         let next = |at: usize| match labels.get(at + 1) {
@@ -104,7 +119,7 @@ impl Task for CausalLanguageModeling {
     type Model = AutoModelForCausalLM;
     type Batch = Batch;
 
-    fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
+    async fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
         Ok(self.objective.collate(rows, draw))
     }
 
@@ -123,19 +138,8 @@ impl Task for CausalLanguageModeling {
         let Targets::Tokens(labels) = &batch.labels else {
             return Err(wrong_targets("causal-lm"));
         };
-        let [rows, seq] = batch.dims();
-        check_ids("input_ids", &batch.input_ids, model.vocab_size())?;
-        // Positions begin anew in each sequence of a row.
-        if batch.segments.is_empty() {
-            check_length(seq, model.max_position_embeddings())?;
-        }
-        let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; rows]);
-        if !batch.segments.is_empty() {
-            cache.set_segments(&batch.segments);
-        }
-        let logits = model.forward(ids(&batch.input_ids, &model.device()), &mut cache, LogitsFor::All);
-        drop(cache);
-        let [_, _, classes] = logits.dims();
+        let logits = logits(model, batch)?;
+        let [rows, seq, classes] = logits.dims();
         let targets = next_tokens(batch, labels);
         let loss = cross_entropy(
             logits.clone().reshape([rows * seq, classes]),
@@ -341,6 +345,17 @@ impl TrainedHead for QuestionAnswering {
     }
 }
 
+/// A batch as models with heads take it.
+pub(crate) fn inputs(batch: &Batch) -> EncoderInputs {
+    EncoderInputs {
+        input_ids: batch.input_ids.clone(),
+        tokens: batch.lengths.iter().map(|length| 0..*length).collect(),
+        token_type_ids: batch.token_type_ids.clone(),
+        num_choices: batch.num_choices,
+        ..EncoderInputs::default()
+    }
+}
+
 /// Learns to judge texts, with any head.
 pub struct TextTask {
     objective: Arc<dyn Objective>,
@@ -383,7 +398,7 @@ impl<T: TrainedHead> Task for HeadTask<T> {
     type Model = AutoModelFor<T>;
     type Batch = Batch;
 
-    fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
+    async fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
         Ok(self.of.objective.collate(rows, draw))
     }
 
@@ -401,14 +416,7 @@ impl<T: TrainedHead> Task for HeadTask<T> {
     }
 
     fn loss(&self, model: &Self::Model, batch: &Batch, options: LossOptions) -> Result<Outputs> {
-        let inputs = EncoderInputs {
-            input_ids: batch.input_ids.clone(),
-            tokens: batch.lengths.iter().map(|length| 0..*length).collect(),
-            token_type_ids: batch.token_type_ids.clone(),
-            num_choices: batch.num_choices,
-            ..EncoderInputs::default()
-        };
-        let output = model.forward(&inputs)?;
+        let output = model.forward(&inputs(batch))?;
         let (loss, logits) = T::loss(
             output.logits,
             &batch.labels,
@@ -509,7 +517,7 @@ impl Task for Seq2SeqLanguageModeling {
     type Model = AutoModelForSeq2SeqLM;
     type Batch = Batch;
 
-    fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
+    async fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
         Ok(self.objective.collate(rows, draw))
     }
 
