@@ -188,6 +188,87 @@ fn a_signal_saves_and_stops_and_resume_goes_on() {
         .stderr(contains(format!("from step {}", saved[0])));
 }
 
+/// A recipe with this task for a model that [`begin`] has trained a tokenizer for.
+fn preference(folder: &Path, task: &str, objective: &str) {
+    let recipe = format!(
+        r#"
+        task = "{task}"
+        [model]
+        tokenizer = "tokenizer"
+        [model.config]
+        model_type = "llama"
+        hidden_size = 32
+        intermediate_size = 64
+        num_hidden_layers = 2
+        num_attention_heads = 2
+        max_position_embeddings = 64
+        [data]
+        train = "records.jsonl"
+        [objective]
+        {objective}
+        [training]
+        output_dir = "out"
+        max_steps = 4
+        per_device_train_batch_size = 4
+        learning_rate = 1e-2
+        logging_steps = 1
+        save_strategy = "no"
+        "#
+    );
+    std::fs::write(folder.join("recipe.toml"), recipe).expect("recipe");
+}
+
+#[test]
+fn preferences_and_rewards() {
+    let root = tempfile::tempdir().expect("folder");
+    let folder = root.path();
+    begin(folder);
+    let records: String = (0..8)
+        .map(|i| {
+            format!(
+                "{{\"prompt\": \"The fox \", \"chosen\": \"jumps {i}\", \"rejected\": \"sleeps\", \"answer\": \"dog\"}}\n"
+            )
+        })
+        .collect();
+    std::fs::write(folder.join("records.jsonl"), records).expect("records");
+    preference(folder, "dpo", "beta = 0.2");
+    let train = |more: &[&str]| {
+        oxiformers(folder)
+            .args(["train", "recipe.toml"])
+            .args(more)
+            .assert()
+    };
+    train(&["--loss-type", "ipo"]).success();
+    assert_eq!(logs(folder, "rewards/margins").len(), 4);
+    train(&["--precompute-ref-log-probs"])
+        .success()
+        .stdout(contains("4 steps"));
+    let margins = logs(folder, "rewards/margins");
+    assert!(margins[3] > margins[0] && margins[0].abs() < 1e-5, "{margins:?}");
+    assert!(folder.join("out/model.safetensors").exists());
+    train(&["--num-generations", "4"])
+        .failure()
+        .stderr(contains("num_generations"));
+    let rewards = r#"
+        num_generations = 4
+        max_completion_length = 6
+        rewards = [{ type = "contains", column = "answer" }, { type = "length", target = 3 }]
+    "#;
+    preference(folder, "grpo", rewards);
+    train(&["--eval-split", "0.5", "--eval-strategy", "epoch"]).success();
+    for name in [
+        "reward",
+        "rewards/contains/mean",
+        "rewards/length/std",
+        "eval_reward",
+    ] {
+        assert!(!logs(folder, name).is_empty(), "{name}");
+    }
+    train(&["--per-device-train-batch-size", "6"])
+        .failure()
+        .stderr(contains("per_device_train_batch_size").and(contains("multiple")));
+}
+
 #[test]
 fn what_is_wrong_is_named() {
     let root = tempfile::tempdir().expect("folder");

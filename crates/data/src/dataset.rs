@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::TokenCache;
-use crate::example::Example;
+use crate::example::{Example, Values};
 use crate::shuffle::Permutation;
 use crate::{Error, Result};
 
@@ -32,6 +32,8 @@ pub struct Dataset {
     view: View,
     first: u64,
     len: u64,
+    /// Numbers that were computed of the examples, with their name.
+    computed: Option<(&'static str, Arc<Vec<Vec<f32>>>)>,
 }
 
 /// What an example is.
@@ -53,6 +55,7 @@ impl Dataset {
             len: cache.len(),
             cache: Arc::new(cache),
             view: View::Examples,
+            computed: None,
         }
     }
 
@@ -79,6 +82,7 @@ impl Dataset {
             len,
             cache: Arc::new(cache),
             view: View::Blocks { size, segments },
+            computed: None,
         })
     }
 
@@ -99,6 +103,23 @@ impl Dataset {
         self
     }
 
+    /// The same with a column of numbers that were computed of its examples, in their order.
+    ///
+    /// # Errors
+    /// Where there are not as many as examples.
+    pub fn with_computed(mut self, name: &'static str, numbers: Vec<Vec<f32>>) -> Result<Self> {
+        if numbers.len() as u64 != self.len {
+            let message = format!(
+                "has numbers of {} examples, and there are {}",
+                numbers.len(),
+                self.len
+            );
+            return Err(Error::config(name, message));
+        }
+        self.computed = Some((name, Arc::new(numbers)));
+        Ok(self)
+    }
+
     /// Splits it in two, `share` of it in the second: examples by chance, which is the same for the same seed; of blocks
     /// those at the end, so that no text is in both parts but one.
     pub fn split(self, share: f64, seed: u64) -> (Self, Self) {
@@ -112,6 +133,7 @@ impl Dataset {
             view: view.clone(),
             first: self.first + first,
             len,
+            computed: None,
         };
         (part(0, self.len - held), part(self.len - held, held))
     }
@@ -128,19 +150,25 @@ impl Dataset {
             ));
         }
         let at = self.first + index;
-        match &self.view {
-            View::Examples => self.cache.get(at),
-            View::Permuted(order) => self.cache.get(order.at(at)),
+        let example = match &self.view {
+            View::Examples => self.cache.get(at)?,
+            View::Permuted(order) => self.cache.get(order.at(at))?,
             View::Blocks { size, segments } => {
                 let begin = at * *size as u64;
                 let example =
                     Example::default().with("input_ids", self.cache.stream("input_ids", begin, *size)?);
                 match segments {
-                    true => Ok(example.with("segments", self.cache.segments("input_ids", begin, *size)?)),
-                    false => Ok(example),
+                    true => example.with("segments", self.cache.segments("input_ids", begin, *size)?),
+                    false => example,
                 }
             }
-        }
+        };
+        Ok(match &self.computed {
+            Some((name, numbers)) => {
+                example.with_values(*name, Values::Floats(numbers[index as usize].clone()))
+            }
+            None => example,
+        })
     }
 
     /// What tells this data from other: the same for the same files, tokenizer and settings.

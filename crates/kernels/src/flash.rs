@@ -10,8 +10,8 @@ use std::ops::Range;
 
 use pulp::Simd;
 
-use crate::cached::codes::sum_each;
 use crate::Dropout;
+use crate::cached::codes::sum_each;
 use crate::math;
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads};

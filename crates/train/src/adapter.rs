@@ -64,9 +64,14 @@ pub fn from_recipe(
     otherwise(
         "task_type",
         match task {
-            TaskName::CausalLm => "CAUSAL_LM".into(),
+            TaskName::CausalLm
+            | TaskName::Dpo
+            | TaskName::Kto
+            | TaskName::Orpo
+            | TaskName::Grpo
+            | TaskName::Distillation => "CAUSAL_LM".into(),
             TaskName::Seq2seqLm | TaskName::Denoising => "SEQ_2_SEQ_LM".into(),
-            TaskName::TextClassification => "SEQ_CLS".into(),
+            TaskName::TextClassification | TaskName::Reward => "SEQ_CLS".into(),
             TaskName::TokenClassification => "TOKEN_CLS".into(),
             TaskName::QuestionAnswering => "QUESTION_ANS".into(),
             TaskName::MaskedLm | TaskName::MultipleChoice => Value::Null,
@@ -74,7 +79,7 @@ pub fn from_recipe(
     );
     // Heads that are new are trained whole, as PEFT does for these tasks.
     match task {
-        TaskName::TextClassification | TaskName::TokenClassification => {
+        TaskName::TextClassification | TaskName::TokenClassification | TaskName::Reward => {
             otherwise("modules_to_save", json!(["classifier", "score"]));
         }
         TaskName::QuestionAnswering => otherwise("modules_to_save", json!(["qa_outputs"])),

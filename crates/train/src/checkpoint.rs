@@ -207,7 +207,7 @@ fn masters(parameters: &Parameters, values: ValuesOf) -> Result<Vec<(String, Ten
     parameters.trainable().iter().map(one).collect()
 }
 
-fn write_tensors(path: &Path, tensors: Vec<(String, TensorView)>) -> Result<()> {
+pub(crate) fn write_tensors(path: &Path, tensors: Vec<(String, TensorView)>) -> Result<()> {
     let wrong = |error: safetensors::SafeTensorError| Error::checkpoint(path, error);
     let dtype = |dtype| match dtype {
         state::DType::F32 => Dtype::F32,
@@ -226,7 +226,7 @@ fn write_tensors(path: &Path, tensors: Vec<(String, TensorView)>) -> Result<()> 
     write_file(path, &bytes)
 }
 
-fn read_tensors(path: &Path) -> Result<State> {
+pub(crate) fn read_tensors(path: &Path) -> Result<State> {
     let wrong = |error: safetensors::SafeTensorError| Error::checkpoint(path, error);
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(wrong)?;

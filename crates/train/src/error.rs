@@ -70,6 +70,9 @@ pub enum Error {
     /// An adapter cannot be begun or written.
     #[error(transparent)]
     Adapter(#[from] oxiformers_peft::Error),
+    /// A model cannot be let answer.
+    #[error(transparent)]
+    Generate(#[from] oxiformers_generate::Error),
     /// Values cannot be read back from the device.
     #[error("the device: {0}")]
     Device(String),

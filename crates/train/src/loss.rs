@@ -1,8 +1,8 @@
 //! How wrong logits are.
 
-use burn::tensor::{Tensor, TensorData, activation};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation};
 use oxiformers_data::tasks::IGNORED;
-use oxiformers_models::nn::{self, CrossEntropyOptions};
+use oxiformers_models::nn::{self, CrossEntropyOptions, LabelError};
 
 use crate::Result;
 
@@ -22,6 +22,43 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[i64], smoothing: f64) -> Resu
         divisor: None,
     };
     Ok(Some(nn::cross_entropy(logits, targets, options)?))
+}
+
+/// `log softmax(logits)[target]` of each row: `logits` `[rows, classes]` to `[rows]`; 0 where the target is [`IGNORED`].
+///
+/// # Errors
+/// Targets that are no classes, or not one for each row.
+pub fn log_probs(logits: Tensor<2>, targets: &[i64]) -> Result<Tensor<1>> {
+    let ([rows, classes], device) = (logits.dims(), logits.device());
+    if targets.len() != rows {
+        let labels = targets.len();
+        return Err(LabelError::Count { labels, rows }.into());
+    }
+    // The places that count, and their classes.
+    let (mut places, mut ids) = (Vec::new(), Vec::new());
+    for (row, target) in targets
+        .iter()
+        .enumerate()
+        .filter(|(_, target)| **target != IGNORED)
+    {
+        let class = usize::try_from(*target).ok().filter(|class| *class < classes);
+        places.push(row as i32);
+        ids.push(class.ok_or(LabelError::OutOfRange {
+            row,
+            label: *target,
+            classes,
+            ignore_index: IGNORED,
+        })? as i32);
+    }
+    let all = Tensor::zeros([rows], &device);
+    let count = places.len();
+    if count == 0 {
+        return Ok(all);
+    }
+    let places = Tensor::<1, Int>::from_data(TensorData::new(places, [count]), &device);
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [count, 1]), &device);
+    let chosen = activation::log_softmax(logits.select(0, places.clone()), 1).gather(1, ids);
+    Ok(all.select_assign(0, places, chosen.reshape([count]), IndexingUpdateOp::Add))
 }
 
 /// The mean of squared differences (`MSELoss`); both `[rows, outputs]`.
@@ -74,6 +111,26 @@ mod tests {
                 .is_none()
         );
         assert!(cross_entropy(logits, &[0, 3, 1], 0.0).is_err());
+    }
+
+    #[test]
+    fn log_probabilities() {
+        let device = Device::flex();
+        let rows = [[1.0, 2.0, 0.5], [0.0, 0.0, 0.0], [3.0, -1.0, 0.0]];
+        let logits = Tensor::<2>::from_floats(rows, &device);
+        let found = log_probs(logits.clone(), &[1, IGNORED, 2]).expect("targets");
+        let found: Vec<f32> = found.into_data().iter::<f32>().collect();
+        let expected = |row: [f32; 3], at: usize| row[at] - row.iter().map(|x| x.exp()).sum::<f32>().ln();
+        for (found, expected) in found
+            .iter()
+            .zip([expected(rows[0], 1), 0.0, expected(rows[2], 2)])
+        {
+            assert!((found - expected).abs() < 1e-6);
+        }
+        let none = log_probs(logits.clone(), &[IGNORED; 3]).expect("targets");
+        assert_eq!(number(none.abs().sum()), 0.0);
+        assert!(log_probs(logits.clone(), &[0, 3, 1]).is_err());
+        assert!(log_probs(logits, &[0]).is_err());
     }
 
     #[test]

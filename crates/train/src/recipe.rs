@@ -1,5 +1,6 @@
 //! A training as a file says it: the task, the model, the data and the arguments.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +11,9 @@ use oxiformers_data::tasks::causal_lm::{CausalLM, Source};
 use oxiformers_data::tasks::denoising::Denoising;
 use oxiformers_data::tasks::masked_lm::{MaskOptions, MaskedLM as MaskedText};
 use oxiformers_data::tasks::multiple_choice::MultipleChoice as ChoiceText;
+use oxiformers_data::tasks::preference::{Comparison, PairColumns, Preference, UnpairedPreference};
+use oxiformers_data::tasks::prompted::Prompted;
+use oxiformers_data::tasks::prompts::Prompts;
 use oxiformers_data::tasks::question_answering::QuestionAnswering as QuestionText;
 use oxiformers_data::tasks::seq2seq::Seq2Seq;
 use oxiformers_data::tasks::text_classification::{Problem, TextClassification};
@@ -18,12 +22,13 @@ use oxiformers_data::tasks::{Objective, Texts};
 use oxiformers_data::{
     BadData, CacheOptions, Dataset, Format, Progress, SampleBy, TokenCache, find, prepare,
 };
+use oxiformers_generate::GenerationConfig;
 use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::DType;
-use oxiformers_models::nn::quant::{MethodOptions, QuantizationConfig};
-use oxiformers_models::nn::{LoadOptions, Parameters, Survey};
+use oxiformers_models::nn::quant::{MethodOptions, QuantizationConfig, Recipe as QuantizationRecipe};
+use oxiformers_models::nn::{Lambda, LoadOptions, Parameters, Survey};
 use oxiformers_models::tasks::{
-    MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification,
+    MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TaskType, TokenClassification,
 };
 use oxiformers_models::{
     AutoConfig, AutoModelFor, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Labels, ProblemType,
@@ -32,9 +37,17 @@ use oxiformers_peft::Adapter;
 use oxiformers_processors::{ChatTemplate, Tokenizer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::adapter::{self, AdapterSaver};
 use crate::arguments::SaveDtype;
+use crate::distillation::{self, Distillation, DistillationConfig};
+use crate::grpo::{Grpo, GrpoConfig, ScaleRewards};
+use crate::preferences::{Dpo, DpoConfig, Kto, KtoConfig, KtoLoss, Orpo, OrpoConfig};
+use crate::reference::{Reference, precompute};
+use crate::reward::{RewardConfig, RewardModeling};
+use crate::rewards::{Reward, RewardModel};
+use crate::straight_through::{LambdaWarmup, PackedSaver};
 use crate::tasks::{CausalLanguageModeling, Seq2SeqLanguageModeling, TextTask, TrainedHead};
 use crate::{
     Callback, Error, ModelSaver, Plan, Result, Saver, Task, TrainOutput, Trained, Trainer, TrainingArguments,
@@ -54,6 +67,26 @@ pub enum TaskName {
     Seq2seqLm,
     /// The denoising of T5 or BART.
     Denoising,
+    /// A reward model.
+    Reward,
+    Dpo,
+    Kto,
+    Orpo,
+    /// A model learns of its own answers.
+    Grpo,
+    /// Another task, and to answer as a teacher.
+    Distillation,
+}
+
+impl TaskName {
+    /// The learning rate where nothing is said: TRL's for what TRL trains.
+    fn learning_rate(self) -> Option<f64> {
+        match self {
+            Self::Reward => Some(1e-4),
+            Self::Dpo | Self::Kto | Self::Orpo | Self::Grpo => Some(1e-6),
+            _ => None,
+        }
+    }
 }
 
 /// One or several.
@@ -95,6 +128,10 @@ pub struct ModelSection {
     pub adapter: Option<Map<String, Value>>,
     /// How linear layers are quantized while the model is loaded, for an adapter over them: `nf4`, `int8`, … (QLoRA).
     pub quantize: Option<String>,
+    /// What linear layers are trained for, straight through the rounding, and become when the model is saved: `bitnet`.
+    pub straight_through: Option<String>,
+    /// Steps over which what quantization changes comes into force; 0 for all of it from the start.
+    pub lambda_warmup_steps: usize,
 }
 
 /// The data, and what is made of it.
@@ -134,6 +171,8 @@ pub struct DataSection {
     label_column: String,
     prompt_column: Option<String>,
     completion_column: Option<String>,
+    chosen_column: String,
+    rejected_column: String,
     messages_column: Option<String>,
     question_column: String,
     context_column: String,
@@ -177,6 +216,8 @@ impl Default for DataSection {
             label_column: name("label"),
             prompt_column: None,
             completion_column: None,
+            chosen_column: name("chosen"),
+            rejected_column: name("rejected"),
             messages_column: None,
             question_column: name("question"),
             context_column: name("context"),
@@ -208,6 +249,9 @@ pub struct Recipe {
     pub model: ModelSection,
     /// The data.
     pub data: DataSection,
+    /// What the task goes by, by the names of TRL.
+    #[serde(default)]
+    pub objective: Map<String, Value>,
     /// The arguments, by the names of `TrainingArguments`.
     #[serde(default)]
     pub training: Map<String, Value>,
@@ -316,10 +360,22 @@ impl Recipe {
                 .collect(),
             _ => Vec::new(),
         };
+        let objectives: BTreeSet<String> = [
+            keys("objective", serde_json::to_value(RewardConfig::default())),
+            keys("objective", serde_json::to_value(DpoConfig::default())),
+            keys("objective", serde_json::to_value(KtoConfig::default())),
+            keys("objective", serde_json::to_value(OrpoConfig::default())),
+            keys("objective", serde_json::to_value(GrpoConfig::default())),
+            keys("objective", serde_json::to_value(DistillationConfig::default())),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         [
             vec!["task".to_string()],
             keys("model", serde_json::to_value(ModelSection::default())),
             keys("data", serde_json::to_value(DataSection::default())),
+            objectives.into_iter().collect(),
         ]
         .concat()
     }
@@ -329,7 +385,16 @@ impl Recipe {
     /// # Errors
     /// Whatever does not fit is named.
     pub fn prepare(&self, mut around: Surroundings) -> Result<Box<dyn Job>> {
-        let arguments = TrainingArguments::from_json(self.training.clone())?;
+        self.check_objective()?;
+        let student = Self {
+            task: self.student_task()?,
+            ..self.clone()
+        };
+        let mut training = self.training.clone();
+        if let Some(rate) = self.task.learning_rate() {
+            training.entry("learning_rate").or_insert(json!(rate));
+        }
+        let arguments = TrainingArguments::from_json(training)?;
         let files = self
             .model
             .name
@@ -347,13 +412,16 @@ impl Recipe {
             )
         })?;
         let tokenizer = Tokenizer::from_files(&of_tokenizer).map_err(oxiformers_data::Error::from)?;
-        let config = self.config(files.as_ref(), &tokenizer)?;
-        let max_length = self.max_length(&config, &tokenizer);
+        let config = student.config(files.as_ref(), &tokenizer)?;
+        let max_length = student.max_length(&config, &tokenizer);
         let texts = Texts::new(tokenizer, max_length, self.data.pad_to_multiple_of)?;
-        let objective = self.objective(texts, &config, &of_tokenizer)?;
-        let (train, eval) = self.datasets(objective.as_ref(), &arguments, &mut around)?;
+        let objective = student.objective(texts.clone(), &config, &of_tokenizer)?;
+        let (train, eval) = student.datasets(objective.as_ref(), &arguments, &mut around)?;
         let build = Build {
             recipe: self,
+            straight_through: self.straight_through()?,
+            resolve: around.resolve,
+            texts,
             arguments,
             files,
             of_tokenizer,
@@ -363,6 +431,20 @@ impl Recipe {
             eval,
         };
         build.job(objective)
+    }
+
+    /// The task whose data and model this one has.
+    fn student_task(&self) -> Result<TaskName> {
+        if self.task != TaskName::Distillation {
+            return Ok(self.task);
+        }
+        match self.objective_config::<DistillationConfig>()?.student_task {
+            task @ (TaskName::CausalLm | TaskName::TextClassification) => Ok(task),
+            _ => Err(Error::config(
+                "objective.student_task",
+                "must be causal-lm or text-classification",
+            )),
+        }
     }
 
     /// The configuration of the model, for this task and its labels.
@@ -401,16 +483,20 @@ impl Recipe {
                 ));
             }
         };
+        let causal = matches!(
+            self.task,
+            TaskName::CausalLm | TaskName::Dpo | TaskName::Kto | TaskName::Orpo | TaskName::Grpo
+        );
         let class = match (self.task, config.model_type.as_str()) {
-            (TaskName::CausalLm, "gpt2") => "LMHeadModel",
-            (TaskName::CausalLm, _) => "ForCausalLM",
+            (_, "gpt2") if causal => "LMHeadModel",
+            _ if causal => "ForCausalLM",
             (TaskName::MaskedLm, _) => "ForMaskedLM",
-            (TaskName::TextClassification, _) => "ForSequenceClassification",
+            (TaskName::TextClassification | TaskName::Reward, _) => "ForSequenceClassification",
             (TaskName::TokenClassification, _) => "ForTokenClassification",
             (TaskName::QuestionAnswering, _) => "ForQuestionAnswering",
             (TaskName::MultipleChoice, _) => "ForMultipleChoice",
-            (TaskName::Seq2seqLm | TaskName::Denoising, "marian") => "MTModel",
-            (TaskName::Seq2seqLm | TaskName::Denoising, _) => "ForConditionalGeneration",
+            (_, "marian") => "MTModel",
+            _ => "ForConditionalGeneration",
         };
         let labelled = matches!(
             self.task,
@@ -427,9 +513,10 @@ impl Recipe {
                 "must name the classes: the model does not know any",
             ));
         }
-        let one = ["value".to_string()];
+        let (one, reward) = (["value".to_string()], ["LABEL_0".to_string()]);
         let labels = match (labels, self.model.problem_type) {
             (None, Some(ProblemType::Regression)) => Some(one.as_slice()),
+            _ if self.task == TaskName::Reward => Some(reward.as_slice()),
             (labels, _) => labels,
         };
         Ok(config.for_task(class, labels, self.model.problem_type.filter(|_| labelled))?)
@@ -460,19 +547,34 @@ impl Recipe {
 
     fn objective(&self, texts: Texts, config: &AutoConfig, files: &ModelFiles) -> Result<Arc<dyn Objective>> {
         let data = &self.data;
+        let template = |texts: &Texts| {
+            ChatTemplate::from_files(files, &texts.tokenizer).map_err(oxiformers_data::Error::from)
+        };
+        let prompted = |texts: Texts| -> Result<Prompted> {
+            Ok(Prompted {
+                template: template(&texts)?,
+                texts,
+                append_eos: data.append_eos,
+            })
+        };
+        let column =
+            |name: &Option<String>, otherwise: &str| name.clone().unwrap_or_else(|| otherwise.to_string());
+        let pair = || PairColumns {
+            prompt: column(&data.prompt_column, "prompt"),
+            chosen: data.chosen_column.clone(),
+            rejected: data.rejected_column.clone(),
+        };
         let labels = Labels::from_json(&config.json)?;
         let names = || (0..labels.len()).map(|id| labels.label(id)).collect::<Vec<_>>();
         Ok(match self.task {
-            TaskName::CausalLm => {
+            TaskName::CausalLm | TaskName::Distillation => {
                 let source = match (
                     &data.messages_column,
                     &data.prompt_column,
                     &data.completion_column,
                 ) {
                     (Some(messages), None, None) => {
-                        let template = ChatTemplate::from_files(files, &texts.tokenizer)
-                            .map_err(oxiformers_data::Error::from)?;
-                        let template = template.ok_or_else(|| {
+                        let template = template(&texts)?.ok_or_else(|| {
                             Error::config(
                                 "data.messages_column",
                                 "needs a chat template, and the model has none",
@@ -501,6 +603,37 @@ impl Recipe {
                     padding_free: data.padding_free,
                 })
             }
+            TaskName::Reward => Arc::new(Comparison {
+                prompted: prompted(texts)?,
+                columns: pair(),
+            }),
+            TaskName::Dpo | TaskName::Orpo => Arc::new(Preference {
+                prompted: prompted(texts)?,
+                columns: pair(),
+            }),
+            TaskName::Grpo => {
+                let config: GrpoConfig = self.objective_config()?;
+                let mut texts = texts;
+                // Room for the answer, where nothing is said about the prompt.
+                if let (None, Some(most)) = (data.max_length, &mut texts.max_length) {
+                    *most = most.saturating_sub(config.max_completion_length).max(1);
+                }
+                Arc::new(Prompts {
+                    prompted: prompted(texts)?,
+                    prompt_column: column(&data.prompt_column, "prompt"),
+                    needed: config
+                        .rewards
+                        .into_iter()
+                        .filter_map(|reward| reward.column)
+                        .collect(),
+                })
+            }
+            TaskName::Kto => Arc::new(UnpairedPreference {
+                prompted: prompted(texts)?,
+                prompt_column: column(&data.prompt_column, "prompt"),
+                completion_column: column(&data.completion_column, "completion"),
+                label_column: data.label_column.clone(),
+            }),
             TaskName::MaskedLm => {
                 let options = MaskOptions {
                     mlm_probability: data.mlm_probability,
@@ -592,17 +725,64 @@ impl Recipe {
         Ok(prepare(&files, objective, &options, &mut *around.report)?)
     }
 
+    /// Where tokenized data is kept.
+    fn cache_folder(&self, arguments: &TrainingArguments) -> PathBuf {
+        let otherwise = || arguments.output_dir.join("cache");
+        self.data.cache.clone().unwrap_or_else(otherwise)
+    }
+
+    /// What linear layers are trained for, and the number that all of them follow.
+    fn straight_through(&self) -> Result<Option<(QuantizationRecipe, Lambda)>> {
+        let Some(name) = &self.model.straight_through else {
+            return Ok(None);
+        };
+        let of = "model.straight_through";
+        if name != "bitnet" {
+            return Err(Error::config(of, format!("is {name}; it must be bitnet")));
+        }
+        if self.model.adapter.is_some() || self.model.quantize.is_some() {
+            return Err(Error::config(
+                of,
+                "trains the model's own weights: not with `model.adapter` or `model.quantize`",
+            ));
+        }
+        let config = QuantizationConfig::named(name, &MethodOptions::default());
+        let config = config.map_err(|error| Error::config(of, error.to_string()))?;
+        Ok(Some((config.into(), Lambda::default())))
+    }
+
+    /// Whether the task can go by what is said, before anything is loaded.
+    fn check_objective(&self) -> Result<()> {
+        match self.task {
+            TaskName::Reward => self.objective_config::<RewardConfig>().map(drop),
+            TaskName::Dpo => self.objective_config::<DpoConfig>().map(drop),
+            TaskName::Kto => self.objective_config::<KtoConfig>().map(drop),
+            TaskName::Orpo => self.objective_config::<OrpoConfig>().map(drop),
+            TaskName::Grpo => self.objective_config::<GrpoConfig>().map(drop),
+            TaskName::Distillation => self.objective_config::<DistillationConfig>().map(drop),
+            _ => match self.objective.keys().next() {
+                None => Ok(()),
+                Some(name) => Err(Error::config(
+                    format!("objective.{name}"),
+                    "is of another task than this one",
+                )),
+            },
+        }
+    }
+
+    /// What the task goes by.
+    fn objective_config<C: serde::de::DeserializeOwned>(&self) -> Result<C> {
+        serde_json::from_value(Value::Object(self.objective.clone()))
+            .map_err(|error| Error::config("objective", format!("cannot be read: {error}")))
+    }
+
     fn datasets(
         &self,
         objective: &dyn Objective,
         arguments: &TrainingArguments,
         around: &mut Surroundings,
     ) -> Result<(Dataset, Option<Dataset>)> {
-        let folder = self
-            .data
-            .cache
-            .clone()
-            .unwrap_or_else(|| arguments.output_dir.join("cache"));
+        let folder = self.cache_folder(arguments);
         let dataset = |cache: TokenCache| match self.block_size() {
             Some(size) => Dataset::blocks(cache, size, self.data.packing),
             None => Ok(Dataset::new(cache)),
@@ -639,9 +819,21 @@ impl Recipe {
     }
 }
 
+/// A model, its parameters, and the adapter if there is one.
+type Loaded<M> = (M, Arc<Parameters>, Option<Arc<Adapter>>);
+
+/// The SHA-256 of bytes, as text.
+fn hex(bytes: &[u8]) -> String {
+    let digest = Sha256::digest(bytes);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// All that a training is built of.
 struct Build<'a> {
     recipe: &'a Recipe,
+    resolve: &'a dyn Fn(&str) -> Result<ModelFiles>,
+    texts: Texts,
+    straight_through: Option<(QuantizationRecipe, Lambda)>,
     arguments: TrainingArguments,
     files: Option<ModelFiles>,
     of_tokenizer: ModelFiles,
@@ -652,17 +844,81 @@ struct Build<'a> {
 }
 
 impl Build<'_> {
-    fn job(self, objective: Arc<dyn Objective>) -> Result<Box<dyn Job>> {
+    fn job(mut self, objective: Arc<dyn Objective>) -> Result<Box<dyn Job>> {
         match self.recipe.task {
             TaskName::CausalLm => {
                 let task = CausalLanguageModeling::new(objective, &self.config);
-                let (parameters, options, adapter) = self.options()?;
-                let model = self.load(
-                    &options,
-                    adapter.as_deref(),
-                    AutoModelForCausalLM::from_files,
-                    AutoModelForCausalLM::from_config,
-                )?;
+                let (model, parameters, adapter) = self.causal()?;
+                self.trainer(task, model, parameters, adapter)
+            }
+            TaskName::Distillation => {
+                let config: DistillationConfig = self.recipe.objective_config()?;
+                let (teacher, options) = self.teacher(&config)?;
+                if config.student_task == TaskName::TextClassification {
+                    let task = TextTask::new(objective, &self.config)?.with_head::<SequenceClassification>();
+                    let teacher = AutoModelFor::<SequenceClassification>::from_files(&teacher, &options)?;
+                    let (model, parameters, adapter) = self.with_head::<SequenceClassification>()?;
+                    let task = Distillation::new(task, teacher, config, distillation::classes)?;
+                    return self.trainer(task, model, parameters, adapter);
+                }
+                let task = CausalLanguageModeling::new(objective, &self.config);
+                let teacher = AutoModelForCausalLM::from_files(&teacher, &options)?;
+                let (model, parameters, adapter) = self.causal()?;
+                let task = Distillation::new(task, teacher, config, distillation::following)?;
+                self.trainer(task, model, parameters, adapter)
+            }
+            TaskName::Reward => {
+                let task = RewardModeling::new(objective, &self.config, self.recipe.objective_config()?);
+                let (model, parameters, adapter) = self.with_head::<SequenceClassification>()?;
+                self.trainer(task, model, parameters, adapter)
+            }
+            TaskName::Dpo => {
+                let config: DpoConfig = self.recipe.objective_config()?;
+                let (model, parameters, adapter) = self.causal()?;
+                let mut reference = self.reference(&model, adapter.as_ref());
+                if config.precompute_ref_log_probs {
+                    self.precompute(
+                        &reference,
+                        &model,
+                        objective.as_ref(),
+                        config.precompute_ref_batch_size,
+                    )?;
+                    reference = Reference::Known;
+                }
+                let task = Dpo::new(objective, &self.config, config, reference)?;
+                self.trainer(task, model, parameters, adapter)
+            }
+            TaskName::Kto => {
+                let config: KtoConfig = self.recipe.objective_config()?;
+                if config.loss_type == KtoLoss::Kto && self.arguments.per_device_train_batch_size < 2 {
+                    return Err(Error::config(
+                        "training.per_device_train_batch_size",
+                        "must be 2 at least: answers of a batch are compared with the prompts of others",
+                    ));
+                }
+                let (model, parameters, adapter) = self.causal()?;
+                let reference = self.reference(&model, adapter.as_ref());
+                let task = Kto::new(objective, &self.config, config, reference)?;
+                self.trainer(task, model, parameters, adapter)
+            }
+            TaskName::Orpo => {
+                let task = Orpo::new(objective, &self.config, &self.recipe.objective_config()?)?;
+                let (model, parameters, adapter) = self.causal()?;
+                self.trainer(task, model, parameters, adapter)
+            }
+            TaskName::Grpo => {
+                let config: GrpoConfig = self.recipe.objective_config()?;
+                self.check_groups(&config)?;
+                let load = |name: &str| self.reward_model(name);
+                let rewards = (config.rewards.iter())
+                    .map(|section| Ok((Reward::new(section, load)?, section.weight)))
+                    .collect::<Result<Vec<_>>>()?;
+                let mut eos = GenerationConfig::from_files(&self.of_tokenizer)?.eos_token_id;
+                let own = self.texts.tokenizer.eos_token_id();
+                eos.extend(own.filter(|id| !eos.contains(id)));
+                let (model, parameters, adapter) = self.causal()?;
+                let reference = (config.beta > 0.0).then(|| self.reference(&model, adapter.as_ref()));
+                let task = Grpo::new(config, rewards, self.texts.clone(), eos, &self.config, reference)?;
                 self.trainer(task, model, parameters, adapter)
             }
             TaskName::Seq2seqLm | TaskName::Denoising => {
@@ -686,14 +942,142 @@ impl Build<'_> {
 
     fn head<T: TrainedHead>(self, objective: Arc<dyn Objective>) -> Result<Box<dyn Job>> {
         let task = TextTask::new(objective, &self.config)?;
-        let (parameters, options, adapter) = self.options()?;
-        let model = self.load(
-            &options,
-            adapter.as_deref(),
-            AutoModelFor::<T>::from_files,
-            AutoModelFor::<T>::from_config,
-        )?;
+        let (model, parameters, adapter) = self.with_head::<T>()?;
         self.trainer(task.with_head::<T>(), model, parameters, adapter)
+    }
+
+    fn with_head<T: TaskType>(&self) -> Result<Loaded<AutoModelFor<T>>> {
+        let (parameters, options, adapter) = self.options()?;
+        let (files, config) = (AutoModelFor::<T>::from_files, AutoModelFor::<T>::from_config);
+        let model = self.load(&options, adapter.as_deref(), files, config)?;
+        Ok((model, parameters, adapter))
+    }
+
+    fn causal(&self) -> Result<Loaded<AutoModelForCausalLM>> {
+        let (parameters, options, adapter) = self.options()?;
+        let (files, config) = (
+            AutoModelForCausalLM::from_files,
+            AutoModelForCausalLM::from_config,
+        );
+        let model = self.load(&options, adapter.as_deref(), files, config)?;
+        Ok((model, parameters, adapter))
+    }
+
+    /// The files of the model that is learned from, and how it is loaded.
+    fn teacher(&self, config: &DistillationConfig) -> Result<(ModelFiles, LoadOptions)> {
+        let name = &config.teacher_model_name_or_path;
+        if name.is_empty() {
+            return Err(Error::config(
+                "objective.teacher_model_name_or_path",
+                "must name the model that is learned from",
+            ));
+        }
+        let options = LoadOptions {
+            device: self.device.clone(),
+            dtype: self.arguments.bf16.then_some(FloatDType::BF16),
+            ..LoadOptions::default()
+        };
+        Ok(((self.resolve)(name)?, options))
+    }
+
+    /// Whether batches hold whole groups of answers.
+    fn check_groups(&self, config: &GrpoConfig) -> Result<()> {
+        let (arguments, group) = (&self.arguments, config.num_generations.max(1));
+        let mut sizes = vec![(
+            "per_device_train_batch_size",
+            arguments.per_device_train_batch_size,
+        )];
+        if self.eval.is_some() {
+            sizes.push(("per_device_eval_batch_size", arguments.per_device_eval_batch_size));
+        }
+        for (name, size) in sizes {
+            if size % group != 0 {
+                return Err(Error::config(
+                    format!("training.{name}"),
+                    format!("is {size}; it must be a multiple of objective.num_generations, {group}"),
+                ));
+            }
+        }
+        if config.scale_rewards == ScaleRewards::Batch && arguments.gradient_accumulation_steps > 1 {
+            return Err(Error::config(
+                "objective.scale_rewards",
+                "is batch: all answers of a step must be in one, with gradient_accumulation_steps = 1",
+            ));
+        }
+        Ok(())
+    }
+
+    fn reward_model(&self, name: &str) -> Result<RewardModel> {
+        let files = (self.resolve)(name)?;
+        let options = LoadOptions {
+            device: self.device.clone(),
+            ..LoadOptions::default()
+        };
+        let data = oxiformers_data::Error::from;
+        let tokenizer = Tokenizer::from_files(&files).map_err(data)?;
+        Ok(RewardModel {
+            model: AutoModelFor::from_files(&files, &options)?,
+            template: ChatTemplate::from_files(&files, &tokenizer).map_err(data)?,
+            tokenizer,
+            prompt_column: self
+                .recipe
+                .data
+                .prompt_column
+                .clone()
+                .unwrap_or("prompt".to_string()),
+        })
+    }
+
+    fn reference(&self, model: &AutoModelForCausalLM, adapter: Option<&Arc<Adapter>>) -> Reference {
+        Reference::new(model, adapter.map(|adapter| adapter.switch()))
+    }
+
+    /// Computes what the reference says about all examples, or finds it where it was computed before.
+    fn precompute(
+        &mut self,
+        reference: &Reference,
+        model: &AutoModelForCausalLM,
+        objective: &dyn Objective,
+        batch_size: Option<usize>,
+    ) -> Result<()> {
+        let folder = self.recipe.cache_folder(&self.arguments);
+        let model_digest = self.digest()?;
+        let of = |data: Dataset, rows: usize| {
+            let key = format!("{model_digest}/{}", data.fingerprint());
+            let file = folder.join(format!("reference-{}.safetensors", hex(key.as_bytes())));
+            reference.judge(model, |reference| {
+                let rows = batch_size.unwrap_or(rows);
+                futures::executor::block_on(precompute(reference, objective, data, rows, &file))
+            })
+        };
+        self.train = of(self.train.clone(), self.arguments.per_device_train_batch_size)?;
+        if let Some(eval) = self.eval.take() {
+            self.eval = Some(of(eval, self.arguments.per_device_eval_batch_size)?);
+        }
+        Ok(())
+    }
+
+    /// What tells the model from others: its files, and how it is loaded.
+    fn digest(&self) -> Result<String> {
+        let mut digest = Sha256::new();
+        let section = serde_json::to_string(&self.recipe.model).unwrap_or_default();
+        digest.update(format!(
+            "{section} {} {}",
+            self.arguments.bf16, self.arguments.seed
+        ));
+        digest.update(self.config.json.to_string());
+        let files = self.files.iter();
+        for (files, name) in files.flat_map(|files| files.names().map(move |name| (files, name))) {
+            let weights = [".safetensors", ".bin", ".gguf"];
+            if weights.iter().any(|end| name.ends_with(end)) {
+                digest.update(files.get(name)?.unwrap_or_default());
+            }
+        }
+        Ok(digest
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect())
     }
 
     /// The model, from its files or anew.
@@ -728,7 +1112,7 @@ impl Build<'_> {
         let adapter = match &section.adapter {
             Some(fields) => {
                 let base = section.name.as_deref().unwrap_or_default();
-                let (task, model) = (self.recipe.task, &self.config.json);
+                let (task, model) = (self.recipe.student_task()?, &self.config.json);
                 Some(Arc::new(adapter::from_recipe(fields, task, model, base, seed)?))
             }
             None => None,
@@ -747,6 +1131,11 @@ impl Build<'_> {
                 ));
             }
         };
+        let straight_through = self.straight_through.clone();
+        let (quantization, straight_through) = match straight_through {
+            Some((recipe, lambda)) => (Some(Arc::new(recipe)), Some(lambda)),
+            None => (quantization, None),
+        };
         let chosen = section.trainable.clone();
         let parameters = Arc::new(match chosen.is_empty() {
             true => Parameters::all(),
@@ -761,6 +1150,7 @@ impl Build<'_> {
             seed,
             adapters: adapter.iter().map(|adapter| adapter.clone() as _).collect(),
             quantization,
+            straight_through,
             ..LoadOptions::default()
         };
         Ok((parameters, options, adapter))
@@ -779,27 +1169,40 @@ impl Build<'_> {
         parameters: Arc<Parameters>,
         adapter: Option<Arc<Adapter>>,
     ) -> Result<Box<dyn Job>> {
-        let saver: Box<dyn Saver> = match adapter {
-            Some(adapter) => Box::new(AdapterSaver {
+        let dense = |files| ModelSaver {
+            config: self.config.json.clone(),
+            files: Some(files),
+            dtype: match self.arguments.save_dtype {
+                SaveDtype::Float32 => DType::F32,
+                SaveDtype::Bfloat16 => DType::BF16,
+                SaveDtype::Float16 => DType::F16,
+            },
+        };
+        let mut warmup = None;
+        let saver: Box<dyn Saver> = match (adapter, self.straight_through) {
+            (Some(adapter), _) => Box::new(AdapterSaver {
                 adapter,
                 files: self.of_tokenizer,
             }),
-            None => Box::new(ModelSaver {
-                config: self.config.json,
-                files: Some(self.of_tokenizer),
-                dtype: match self.arguments.save_dtype {
-                    SaveDtype::Float32 => DType::F32,
-                    SaveDtype::Bfloat16 => DType::BF16,
-                    SaveDtype::Float16 => DType::F16,
-                },
-            }),
+            (None, Some((recipe, lambda))) => {
+                let steps = self.recipe.model.lambda_warmup_steps;
+                warmup = Some(LambdaWarmup { lambda, steps });
+                Box::new(PackedSaver {
+                    dense: dense(self.of_tokenizer),
+                    recipe,
+                })
+            }
+            (None, None) => Box::new(dense(self.of_tokenizer)),
         };
         let trained = Trained {
             model,
             parameters,
             saver,
         };
-        let trainer = Trainer::new(self.arguments, task, trained, self.train, self.eval)?;
+        let mut trainer = Trainer::new(self.arguments, task, trained, self.train, self.eval)?;
+        if let Some(warmup) = warmup {
+            trainer = trainer.with_callback(warmup);
+        }
         Ok(Box::new(trainer))
     }
 }

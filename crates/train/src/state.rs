@@ -1,5 +1,6 @@
 //! Where a training is.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,8 @@ pub struct TrainerState {
     pub loss_since_log: f64,
     /// Steps since the last log.
     pub steps_since_log: u64,
+    /// Sums of other numbers since the last log, and of how many.
+    pub logs_since_log: BTreeMap<String, (f64, u64)>,
     /// Evaluations in a row that were no better.
     pub patience_counter: usize,
     /// Steps that were left out.

@@ -1,5 +1,6 @@
 //! What is learned: how examples become a batch, and how wrong a model is about it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use burn::module::Module;
@@ -61,7 +62,7 @@ pub struct Outputs {
     /// What the model answers, where it was asked for.
     pub logits: Logits,
     /// Other numbers to be logged, by their names, such as the rewards of preferences: `[1]` each.
-    pub logs: Vec<(&'static str, Tensor<1>)>,
+    pub logs: Vec<(Cow<'static, str>, Tensor<1>)>,
 }
 
 impl Outputs {
@@ -160,7 +161,8 @@ impl<B> Metrics<B> for () {
     }
 }
 
-/// What is learned. The objectives of this crate are in [`tasks`](crate::tasks); others need only be this.
+/// What is learned. The objectives of this crate are in [`tasks`](crate::tasks) and beside it; others need only be this.
+#[allow(async_fn_in_trait)]
 pub trait Task: Send + Sync {
     /// The model; several models are one that has them as fields.
     type Model: Network;
@@ -171,7 +173,17 @@ pub trait Task: Send + Sync {
     ///
     /// # Errors
     /// Where the examples do not fit together, or the model.
-    fn collate(&self, model: &Self::Model, rows: &[Row], draw: Draw) -> Result<Self::Batch>;
+    async fn collate(&self, model: &Self::Model, rows: &[Row], draw: Draw) -> Result<Self::Batch>;
+
+    /// How many rows of a batch an example becomes; batch sizes count rows.
+    fn rows_per_example(&self) -> usize {
+        1
+    }
+
+    /// How many steps learn from the same batches. Evaluation and checkpoints wait for the last of them.
+    fn steps_per_batch(&self) -> u64 {
+        1
+    }
 
     /// How much a batch counts. The loss of a step is the mean over the items of all its batches.
     fn size(&self, batch: &Self::Batch) -> Size;

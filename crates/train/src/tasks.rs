@@ -6,7 +6,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use oxiformers_data::tasks::{Batch, Draw, IGNORED, Objective, Row, Targets};
 use oxiformers_models::dropout::dropout;
 use oxiformers_models::nn::training::Pass;
-use oxiformers_models::nn::{CacheKind, EncoderInputs, LogitsFor};
+use oxiformers_models::nn::{Cache, CacheKind, EncoderInputs, LogitsFor};
 use oxiformers_models::tasks::{
     MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TaskType, TokenClassification,
 };
@@ -53,7 +53,7 @@ fn check_length(seq: usize, most: Option<usize>) -> Result<()> {
     }
 }
 
-fn wrong_targets(task: &str) -> Error {
+pub(crate) fn wrong_targets(task: &str) -> Error {
     Error::config(
         "task",
         format!("is {task}, and the batch has the labels of another one"),
@@ -81,15 +81,36 @@ impl CausalLanguageModeling {
     }
 }
 
-fn pass(config: &Value, task: Option<oxiformers_models::Task>) -> Pass {
+pub(crate) fn pass(config: &Value, task: Option<oxiformers_models::Task>) -> Pass {
     Pass {
         dropout: dropout(config, task),
         ..Pass::default()
     }
 }
 
+/// The logits of every token `[batch, seq, vocab_size]`.
+pub(crate) fn logits(model: &AutoModelForCausalLM, batch: &Batch) -> Result<Tensor<3>> {
+    Ok(forward(model, batch)?.0)
+}
+
+/// The same, and what layers have kept.
+fn forward(model: &AutoModelForCausalLM, batch: &Batch) -> Result<(Tensor<3>, Cache)> {
+    let [rows, seq] = batch.dims();
+    check_ids("input_ids", &batch.input_ids, model.vocab_size())?;
+    // Positions begin anew in each sequence of a row.
+    if batch.segments.is_empty() {
+        check_length(seq, model.max_position_embeddings())?;
+    }
+    let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; rows]);
+    if !batch.segments.is_empty() {
+        cache.set_segments(&batch.segments);
+    }
+    let logits = model.forward(ids(&batch.input_ids, &model.device()), &mut cache, LogitsFor::All);
+    Ok((logits, cache))
+}
+
 /// What each token is to be followed by. The first token of a sequence follows none.
-fn next_tokens(batch: &Batch, labels: &[Vec<i64>]) -> Vec<i64> {
+pub(crate) fn next_tokens(batch: &Batch, labels: &[Vec<i64>]) -> Vec<i64> {
     let row = |(row, labels): (usize, &Vec<i64>)| {
         let segments = batch.segments.get(row);
         let next = |at: usize| match labels.get(at + 1) {
@@ -105,7 +126,7 @@ impl Task for CausalLanguageModeling {
     type Model = AutoModelForCausalLM;
     type Batch = Batch;
 
-    fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
+    async fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
         Ok(self.objective.collate(rows, draw))
     }
 
@@ -124,18 +145,8 @@ impl Task for CausalLanguageModeling {
         let Targets::Tokens(labels) = &batch.labels else {
             return Err(wrong_targets("causal-lm"));
         };
-        let [rows, seq] = batch.dims();
-        check_ids("input_ids", &batch.input_ids, model.vocab_size())?;
-        // Positions begin anew in each sequence of a row.
-        if batch.segments.is_empty() {
-            check_length(seq, model.max_position_embeddings())?;
-        }
-        let mut cache = model.new_cache(CacheKind::Dynamic, vec![0; rows]);
-        if !batch.segments.is_empty() {
-            cache.set_segments(&batch.segments);
-        }
-        let logits = model.forward(ids(&batch.input_ids, &model.device()), &mut cache, LogitsFor::All);
-        let [_, _, classes] = logits.dims();
+        let (logits, mut cache) = forward(model, batch)?;
+        let [rows, seq, classes] = logits.dims();
         let mut targets = next_tokens(batch, labels);
         // Where nobody else holds them, logits become their own gradient.
         let answers = match options.answers {
@@ -350,6 +361,17 @@ impl TrainedHead for QuestionAnswering {
     }
 }
 
+/// A batch as models with heads take it.
+pub(crate) fn inputs(batch: &Batch) -> EncoderInputs {
+    EncoderInputs {
+        input_ids: batch.input_ids.clone(),
+        tokens: batch.lengths.iter().map(|length| 0..*length).collect(),
+        token_type_ids: batch.token_type_ids.clone(),
+        num_choices: batch.num_choices,
+        ..EncoderInputs::default()
+    }
+}
+
 /// Learns to judge texts, with any head.
 pub struct TextTask {
     objective: Arc<dyn Objective>,
@@ -395,7 +417,7 @@ impl<T: TrainedHead> Task for HeadTask<T> {
     type Model = AutoModelFor<T>;
     type Batch = Batch;
 
-    fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
+    async fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
         Ok(self.of.objective.collate(rows, draw))
     }
 
@@ -413,14 +435,7 @@ impl<T: TrainedHead> Task for HeadTask<T> {
     }
 
     fn loss(&self, model: &Self::Model, batch: &Batch, options: LossOptions) -> Result<Outputs> {
-        let inputs = EncoderInputs {
-            input_ids: batch.input_ids.clone(),
-            tokens: batch.lengths.iter().map(|length| 0..*length).collect(),
-            token_type_ids: batch.token_type_ids.clone(),
-            num_choices: batch.num_choices,
-            ..EncoderInputs::default()
-        };
-        let output = model.forward(&inputs)?;
+        let output = model.forward(&inputs(batch))?;
         let (loss, logits) = T::loss(
             output.logits,
             &batch.labels,
@@ -521,7 +536,7 @@ impl Task for Seq2SeqLanguageModeling {
     type Model = AutoModelForSeq2SeqLM;
     type Batch = Batch;
 
-    fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
+    async fn collate(&self, _: &Self::Model, rows: &[Row], draw: Draw) -> Result<Batch> {
         Ok(self.objective.collate(rows, draw))
     }
 

@@ -1,6 +1,7 @@
 //! The loop.
 
-use std::collections::{HashMap, HashSet};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -107,7 +108,7 @@ struct Done {
     loss: f64,
     grad_norm: f64,
     tokens: u64,
-    logs: Vec<(&'static str, f64)>,
+    logs: Vec<(Cow<'static, str>, f64)>,
 }
 
 impl<T: Task> Trainer<T> {
@@ -182,7 +183,8 @@ impl<T: Task> Trainer<T> {
             let mut sampler = self.sampler(&data, 0);
             let mut seconds = 0.0;
             for step in 0..2 {
-                let taken = self.take_batches(&data, &mut sampler, 0, step % self.plan().steps_per_epoch)?;
+                let step = step % (self.plan().steps_per_epoch / self.task.steps_per_batch());
+                let taken = self.take_batches(&data, &mut sampler, 0, step).await?;
                 let began = Instant::now();
                 match self.step(&taken, 0.0).await {
                     Ok(_) => seconds = began.elapsed().as_secs_f64(),
@@ -227,11 +229,12 @@ impl<T: Task> Trainer<T> {
 
     /// What there is to do, from the step that a checkpoint has reached.
     pub fn plan(&self) -> Plan {
-        let per_device = self.arguments.per_device_train_batch_size;
+        let per_device = self.examples_per_batch(self.arguments.per_device_train_batch_size);
         let all = batches(self.train.len(), per_device, self.arguments.dataloader_drop_last);
         let steps_per_epoch = all
             .div_ceil(self.arguments.gradient_accumulation_steps as u64)
-            .max(1);
+            .max(1)
+            * self.task.steps_per_batch();
         let max_steps = match self.arguments.max_steps {
             steps @ 1.. => steps as u64,
             _ => (self.arguments.num_train_epochs * steps_per_epoch as f64).ceil() as u64,
@@ -279,7 +282,7 @@ impl<T: Task> Trainer<T> {
         if self.train.is_empty()
             || batches(
                 self.train.len(),
-                self.arguments.per_device_train_batch_size,
+                self.examples_per_batch(self.arguments.per_device_train_batch_size),
                 self.arguments.dataloader_drop_last,
             ) == 0
         {
@@ -297,6 +300,7 @@ impl<T: Task> Trainer<T> {
         }
         let data = self.train.clone();
         let mut sampler: Option<(u64, Sampler)> = None;
+        let (mut taken, repeats) = (Vec::new(), self.task.steps_per_batch());
         let mut outcome = Outcome::Finished;
         while self.state.global_step < plan.max_steps {
             let step = self.state.global_step;
@@ -306,7 +310,9 @@ impl<T: Task> Trainer<T> {
             }
             let Some((_, sampler)) = &mut sampler else { break };
             let began = Instant::now();
-            let taken = self.take_batches(&data, sampler, epoch, within)?;
+            if within % repeats == 0 || taken.is_empty() {
+                taken = self.take_batches(&data, sampler, epoch, within / repeats).await?;
+            }
             let learning_rate = schedule.learning_rate(step as usize);
             let done = match self.step(&taken, learning_rate).await {
                 Ok(done) => done,
@@ -318,6 +324,9 @@ impl<T: Task> Trainer<T> {
             self.state.num_input_tokens_seen += done.tokens;
             self.state.loss_since_log = written(self.state.loss_since_log + done.loss);
             self.state.steps_since_log += 1;
+            for (name, value) in &done.logs {
+                add_log(&mut self.state.logs_since_log, name, *value);
+            }
             total_loss += done.loss;
             self.emit(&Event::Step {
                 loss: done.loss,
@@ -328,26 +337,29 @@ impl<T: Task> Trainer<T> {
             })?;
             let last = self.state.global_step == plan.max_steps;
             let ends_epoch = within + 1 == plan.steps_per_epoch || last;
-            let due = |strategy, every: f64| self.is_due(strategy, every, ends_epoch);
             let first = self.arguments.logging_first_step && self.state.global_step == 1;
-            if due(self.arguments.logging_strategy, self.arguments.logging_steps) || first {
+            let (strategy, every) = (self.arguments.logging_strategy, self.arguments.logging_steps);
+            if self.is_due(strategy, every, ends_epoch, 1) || first {
                 self.log_steps(&done, learning_rate)?;
             }
+            // What is not at its end cannot be gone on with: the batches are known to nobody else.
+            let complete = (within + 1).is_multiple_of(repeats) || last;
             let eval_steps = self.arguments.eval_steps.unwrap_or(self.arguments.logging_steps);
             let so_far = match self.arguments.eval_strategy {
                 Strategy::Epoch => self.state.epoch,
                 _ => self.state.global_step as f64,
             };
             let (mut is_best, mut is_over) = (false, false);
-            if self.is_due(self.arguments.eval_strategy, eval_steps, ends_epoch)
+            if complete
+                && self.is_due(self.arguments.eval_strategy, eval_steps, ends_epoch, repeats)
                 && so_far >= self.arguments.eval_delay
             {
                 (is_best, is_over) = self.evaluate_and_judge(&mut schedule).await?;
             }
             let strategy = self.arguments.save_strategy;
-            let mut saves = self.is_due(strategy, self.arguments.save_steps, ends_epoch);
+            let mut saves = complete && self.is_due(strategy, self.arguments.save_steps, ends_epoch, repeats);
             saves |= (last && strategy == Strategy::Steps) || (is_best && strategy == Strategy::Best);
-            let interrupted = self.stop.load(Ordering::SeqCst) && !last;
+            let interrupted = self.stop.load(Ordering::SeqCst) && complete && !last;
             if saves || interrupted {
                 self.save_checkpoint(&schedule).await?;
             }
@@ -411,7 +423,7 @@ impl<T: Task> Trainer<T> {
         };
         let began = Instant::now();
         let model = self.model()?.without_autodiff();
-        let batch_size = self.arguments.per_device_eval_batch_size;
+        let batch_size = self.examples_per_batch(self.arguments.per_device_eval_batch_size);
         let all = batches(data.len(), batch_size, false);
         let mut sampler = Sampler::new(&data, batch_size, false, SamplingStrategy::Sequential, 0, 0);
         let draw = Draw {
@@ -424,10 +436,10 @@ impl<T: Task> Trainer<T> {
             answers: true,
         };
         let (mut sum, mut items) = (0.0, 0);
-        let mut logged: Vec<(&'static str, f64)> = Vec::new();
+        let mut logged = BTreeMap::new();
         for number in 0..all {
             let rows = rows(&data, sampler.batch(number)?)?;
-            let batch = self.task.collate(&model, &rows, draw)?;
+            let batch = self.task.collate(&model, &rows, draw).await?;
             let size = self.task.size(&batch);
             let outputs = self.task.loss(&model, &batch, options)?;
             if let Some(loss) = outputs.loss {
@@ -435,7 +447,7 @@ impl<T: Task> Trainer<T> {
                 items += size.items;
             }
             for (name, value) in outputs.logs {
-                add_log(&mut logged, name, read(value).await? / all as f64);
+                add_log(&mut logged, &name, read(value).await?);
             }
             metrics.add(&outputs.logits.read().await?, &batch);
             self.emit(&Event::Evaluating {
@@ -455,8 +467,8 @@ impl<T: Task> Trainer<T> {
         for (name, value) in metrics.finish() {
             log.insert(format!("eval_{name}"), json!(value));
         }
-        for (name, value) in logged {
-            log.insert(format!("eval_{name}"), json!(value));
+        for (name, (sum, count)) in logged {
+            log.insert(format!("eval_{name}"), json!(sum / count as f64));
         }
         let seconds = began.elapsed().as_secs_f64();
         log.insert("eval_runtime".to_string(), json!(seconds));
@@ -485,7 +497,7 @@ impl<T: Task> Trainer<T> {
         let arguments = &self.arguments;
         Sampler::new(
             data,
-            arguments.per_device_train_batch_size,
+            self.examples_per_batch(arguments.per_device_train_batch_size),
             arguments.dataloader_drop_last,
             arguments.train_sampling_strategy,
             arguments.data_seed.unwrap_or(arguments.seed),
@@ -493,8 +505,13 @@ impl<T: Task> Trainer<T> {
         )
     }
 
+    /// The examples of a batch with so many rows.
+    fn examples_per_batch(&self, rows: usize) -> usize {
+        (rows / self.task.rows_per_example()).max(1)
+    }
+
     /// The batches of a step.
-    fn take_batches(
+    async fn take_batches(
         &self,
         data: &Dataset,
         sampler: &mut Sampler,
@@ -513,7 +530,7 @@ impl<T: Task> Trainer<T> {
                 break;
             }
             let rows = rows(data, indices)?;
-            let batch = self.task.collate(self.model()?, &rows, draw)?;
+            let batch = self.task.collate(self.model()?, &rows, draw).await?;
             taken.push(Taken {
                 size: self.task.size(&batch),
                 sources: rows
@@ -549,7 +566,7 @@ impl<T: Task> Trainer<T> {
                 false => forward(),
             }?;
             for (name, value) in outputs.logs {
-                add_log(&mut done.logs, name, read(value).await? / taken.len() as f64);
+                done.logs.push((name, read(value).await?));
             }
             let Some(loss) = outputs.loss else { continue };
             let share = size.items as f64 / items.max(1) as f64;
@@ -712,13 +729,14 @@ impl<T: Task> Trainer<T> {
         })
     }
 
-    fn is_due(&self, strategy: Strategy, every: f64, ends_epoch: bool) -> bool {
+    /// Whether something is to be done after one of the last steps.
+    fn is_due(&self, strategy: Strategy, every: f64, ends_epoch: bool, steps: u64) -> bool {
         match strategy {
             Strategy::No | Strategy::Best => false,
             Strategy::Epoch => ends_epoch,
             Strategy::Steps => {
                 let every = self.arguments.steps_of(every, self.state.max_steps).max(1);
-                self.state.global_step.is_multiple_of(every)
+                self.state.global_step % every < steps.min(every)
             }
         }
     }
@@ -729,8 +747,8 @@ impl<T: Task> Trainer<T> {
         log.insert("loss".to_string(), json!(mean));
         log.insert("grad_norm".to_string(), json!(done.grad_norm));
         log.insert("learning_rate".to_string(), json!(learning_rate));
-        for (name, value) in &done.logs {
-            log.insert((*name).to_string(), json!(value));
+        for (name, (sum, count)) in std::mem::take(&mut self.state.logs_since_log) {
+            log.insert(name, json!(sum / count as f64));
         }
         (self.state.loss_since_log, self.state.steps_since_log) = (0.0, 0);
         self.log(log)
@@ -860,14 +878,20 @@ impl<T: Task> Trainer<T> {
     /// What the order of examples, and so the curve, depends on.
     fn order(&self) -> Value {
         let arguments = &self.arguments;
-        json!({
+        let mut order = json!({
             "per_device_train_batch_size": arguments.per_device_train_batch_size,
             "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
             "dataloader_drop_last": arguments.dataloader_drop_last,
             "train_sampling_strategy": arguments.train_sampling_strategy,
             "seed": arguments.seed,
             "data_seed": arguments.data_seed,
-        })
+        });
+        let (rows, steps) = (self.task.rows_per_example(), self.task.steps_per_batch());
+        if (rows, steps) != (1, 1) {
+            order["num_generations"] = json!(rows);
+            order["num_iterations"] = json!(steps);
+        }
+        order
     }
 
     async fn save_checkpoint(&mut self, schedule: &Schedule) -> Result<()> {
@@ -994,9 +1018,9 @@ async fn read(tensor: Tensor<1>) -> Result<f64> {
     Ok(data.iter::<f64>().next().unwrap_or(f64::NAN))
 }
 
-fn add_log(logs: &mut Vec<(&'static str, f64)>, name: &'static str, value: f64) {
-    match logs.iter_mut().find(|(of, _)| *of == name) {
-        Some((_, sum)) => *sum += value,
-        None => logs.push((name, value)),
-    }
+/// Adds a number to what will be logged as a mean; not all batches have every one.
+fn add_log(logs: &mut BTreeMap<String, (f64, u64)>, name: &str, value: f64) {
+    let (sum, count) = logs.entry(name.to_string()).or_default();
+    *sum = written(*sum + value);
+    *count += 1;
 }

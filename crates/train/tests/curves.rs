@@ -45,7 +45,7 @@ fn compare<T: Task>(
     let given = Given { classes };
     let data = dataset(
         &fixture(name).join("data.jsonl"),
-        given,
+        &given,
         &folder.path().join("cache"),
     );
     let (files, ..) = open(name);

@@ -35,7 +35,7 @@ fn language_model_as(
     let options = LoadOptions { dtype, ..options };
     let model = AutoModelForCausalLM::from_files(&files, &options).expect("model");
     let given = Given { classes: false };
-    let data = dataset(&fixture(NAME).join("data.jsonl"), given, &output.join("cache"));
+    let data = dataset(&fixture(NAME).join("data.jsonl"), &given, &output.join("cache"));
     let task = CausalLanguageModeling::new(Arc::new(given), &AutoConfig::from_files(&files).expect("config"));
     let trained = Trained {
         model,
@@ -337,7 +337,7 @@ fn a_trained_model_loads_as_any_other() {
     let given = Given { classes: true };
     let data = dataset(
         &fixture(name).join("data.jsonl"),
-        given,
+        &given,
         &folder.path().join("cache"),
     );
     let task =

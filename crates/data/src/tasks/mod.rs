@@ -5,6 +5,9 @@ pub mod causal_lm;
 pub mod denoising;
 pub mod masked_lm;
 pub mod multiple_choice;
+pub mod preference;
+pub mod prompted;
+pub mod prompts;
 pub mod question_answering;
 pub mod seq2seq;
 pub mod text_classification;
@@ -13,6 +16,7 @@ pub mod token_classification;
 use oxiformers_processors::Tokenizer;
 use oxiformers_processors::tokenizer::{EncodeOptions, Encoding, Truncation, TruncationStrategy};
 use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::RngCore;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -43,6 +47,11 @@ impl Draw {
     /// The generator for one example.
     pub fn rng(self, index: u64) -> ChaCha8Rng {
         shuffle::rng(self.seed, "collate", [self.epoch, index])
+    }
+
+    /// A seed for what is drawn of one example.
+    pub fn seed(self, index: u64) -> u64 {
+        self.rng(index).next_u64()
     }
 }
 

@@ -74,7 +74,7 @@ impl Objective for Given {
 }
 
 /// The examples of a file.
-pub fn dataset(path: &Path, given: Given, cache: &Path) -> Dataset {
+pub fn dataset(path: &Path, given: &dyn Preprocessor, cache: &Path) -> Dataset {
     let options = CacheOptions {
         folder: cache.to_path_buf(),
         sample_by: SampleBy::Line,
@@ -82,7 +82,7 @@ pub fn dataset(path: &Path, given: Given, cache: &Path) -> Dataset {
         max_records: None,
     };
     let file = DataFile::new(path, None).expect("data");
-    let cache = prepare(&[file], &given, &options, &mut |_| {
+    let cache = prepare(&[file], given, &options, &mut |_| {
         std::ops::ControlFlow::Continue(())
     });
     Dataset::new(cache.expect("cache"))
@@ -101,7 +101,12 @@ pub fn arguments(name: &str, output: &Path, changes: Value) -> TrainingArguments
 
 /// The files of a fixture, its parameters to be, and how it is loaded and saved.
 pub fn open(name: &str) -> (ModelFiles, Arc<Parameters>, LoadOptions, ModelSaver) {
-    let files = ModelFiles::from_dir(&fixture(name)).expect("fixture");
+    load(&fixture(name))
+}
+
+/// The same of a folder.
+pub fn load(folder: &Path) -> (ModelFiles, Arc<Parameters>, LoadOptions, ModelSaver) {
+    let files = ModelFiles::from_dir(folder).expect("fixture");
     let parameters = Arc::new(Parameters::all());
     let options = LoadOptions {
         device: Device::flex().autodiff(),
@@ -114,4 +119,40 @@ pub fn open(name: &str) -> (ModelFiles, Arc<Parameters>, LoadOptions, ModelSaver
         dtype: DType::F32,
     };
     (files, parameters, options, saver)
+}
+
+/// A file of the fixtures that TRL made.
+pub fn objective(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/objectives")
+        .join(name)
+}
+
+/// What TRL logged, case by case.
+pub fn curves() -> Map<String, Value> {
+    let text = std::fs::read(objective("curves.json")).expect("curves");
+    serde_json::from_slice(&text).expect("curves")
+}
+
+/// Compares what is logged of every step with what TRL has logged.
+pub fn compare(name: &str, logs: &[Map<String, Value>], theirs: &Value) {
+    let ours: Vec<_> = logs.iter().filter(|log| log.contains_key("loss")).collect();
+    let theirs = theirs.as_array().expect("steps");
+    assert_eq!(ours.len(), theirs.len(), "{name}");
+    let mut worst = 0.0f64;
+    for (step, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+        for (key, expected) in theirs.as_object().expect("step") {
+            let expected = expected.as_f64().expect("number");
+            let found = ours.get(key).and_then(Value::as_f64);
+            let found = found.unwrap_or_else(|| panic!("{name}: step {step}: nothing is logged as {key}"));
+            // Rewards are differences of much larger numbers, and begin at 0.
+            let difference = (found - expected).abs() / expected.abs().max(0.05);
+            worst = worst.max(difference);
+            assert!(
+                difference < if key == "grad_norm" { 1e-2 } else { 1e-3 },
+                "{name}: step {step}: {key} {found}, TRL has {expected}"
+            );
+        }
+    }
+    println!("{name}: largest relative difference {worst:.1e}");
 }
