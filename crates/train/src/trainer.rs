@@ -514,7 +514,7 @@ impl<T: Task> Trainer<T> {
     async fn take_batches(
         &self,
         data: &Dataset,
-        sampler: &mut Sampler,
+        sampler: &mut Sampler<'_>,
         epoch: u64,
         step: u64,
     ) -> Result<Vec<Taken<T::Batch>>> {

@@ -144,9 +144,9 @@ impl Preprocessor for UnpairedPreference {
             Value::String(text) if text.eq_ignore_ascii_case("false") => false,
             other => return Err(format!("`{name}` is {}, not true or false", kind(other))),
         };
-        let completed = self
-            .prompted
-            .completed(record, &self.prompt_column, &[&self.completion_column])?;
+        let completed =
+            self.prompted
+                .completed(record, &self.prompt_column, &[self.completion_column.as_str()])?;
         Ok(vec![
             Example::default()
                 .with_ids("input_ids", &completed.ids[0])
