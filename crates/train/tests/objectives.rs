@@ -319,7 +319,7 @@ fn what_is_wrong_is_named() {
         let error = error(name, line, &[]);
         assert!(error.starts_with(&place) && error.contains(message), "{error}");
     }
-    let long = r#"{"prompt": "w1 w2 w3", "chosen": "w4", "rejected": "w5"}"#;
+    let long = r#"{"prompt": "w1 w2 w3 ", "chosen": "w4", "rejected": "w5"}"#;
     let max_length = [("data", "max_length", json!(3))];
     let behind = error("dpo", long, &max_length);
     assert!(
