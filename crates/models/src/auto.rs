@@ -186,15 +186,21 @@ fn initialized(weights: Weights, config: &AutoConfig) -> Weights {
     let weights = weights
         .initialized_with(initializer_range(config))
         .padded_with(padding_idx(config));
-    let t5 = match &config.architecture {
-        AnyConfig::T5(t5) | AnyConfig::Mt5(mt5::Config(t5)) | AnyConfig::Umt5(umt5::Config(t5)) => t5.clone(),
+    match &config.architecture {
+        AnyConfig::T5(t5) | AnyConfig::Mt5(mt5::Config(t5)) | AnyConfig::Umt5(umt5::Config(t5)) => {
+            let t5 = t5.clone();
+            weights.distributed(move |name| t5.distribution(name))
+        }
         AnyConfig::ModernBert(modernbert) => {
             let modernbert = modernbert.clone();
-            return weights.distributed(move |name| modernbert.distribution(name));
+            weights.distributed(move |name| modernbert.distribution(name))
         }
-        _ => return weights,
-    };
-    weights.distributed(move |name| Some(Normal::new(t5.std(name))))
+        AnyConfig::GptOss(_) => {
+            let router = Normal::new(initializer_range(config));
+            weights.distributed(move |name| name.ends_with(".mlp.router.bias").then_some(router))
+        }
+        _ => weights,
+    }
 }
 
 /// Standard deviation of what is initialized.

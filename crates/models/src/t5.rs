@@ -3,6 +3,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
+use oxiformers_nn::init::Normal;
 use oxiformers_nn::seq2seq::{Half, LmHead, Reader, ShiftRight, TiedTables};
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Context, CrossAttention, DecoderLayer, Error, GatedMlp, Head,
@@ -115,11 +116,12 @@ impl Seq2SeqLayer for Layer {
 }
 
 impl Config {
-    /// Standard deviation of what the tensor `name` is initialized with: scores are not scaled, the weights of queries are.
-    pub(crate) fn std(&self, name: &str) -> f64 {
+    /// What the tensor `name` is initialized with, if it is no norm and no bias: scores are not scaled, the weights of
+    /// queries are.
+    pub(crate) fn distribution(&self, name: &str) -> Option<Normal> {
         let root = |width: usize| (width.max(1) as f64).powf(-0.5);
-        let module = name.trim_end_matches(".weight").rsplit('.').next();
-        let of_module = match module.unwrap_or_default() {
+        let of_module = match name.strip_suffix(".weight")?.rsplit('.').next()? {
+            "layer_norm" | "final_layer_norm" => return None,
             "q" => root(self.d_model.saturating_mul(self.d_kv)),
             "k" | "v" | "relative_attention_bias" | "wi" | "wi_0" | "wi_1" => root(self.d_model),
             "qa_outputs" | "dense" | "out_proj" => root(self.d_model),
@@ -127,7 +129,7 @@ impl Config {
             "wo" => root(self.d_ff),
             _ => 1.0,
         };
-        self.initializer_factor * of_module
+        Some(Normal::new(self.initializer_factor * of_module))
     }
 
     /// The feed-forward block that `feed_forward_proj` names, such as `relu` or `gated-gelu`.

@@ -936,24 +936,23 @@ impl Weights {
 
     fn fresh<const D: usize>(&self, full: &str, shape: [usize; D], init: Init) -> Tensor<D> {
         let device = self.device();
-        let tensor = match init {
-            Init::Normal => {
+        let own = self.shared.distribution.as_ref().and_then(|of| of(full));
+        let tensor = match (own, init) {
+            (None, Init::Zeros) => Tensor::zeros(shape, device),
+            (None, Init::Ones) => Tensor::ones(shape, device),
+            (own, _) => {
                 let std = self.std.unwrap_or(self.shared.initializer_range);
-                let own = self.shared.distribution.as_ref().and_then(|of| of(full));
                 let distribution = own.unwrap_or(Normal::new(std));
                 let count = shape.iter().product();
                 let mut values = normal(self.shared.options.seed, full, distribution, count);
-                let width = shape[1..].iter().product::<usize>();
-                if let Some(row) = self
-                    .padding
-                    .and_then(|row| values.chunks_mut(width.max(1)).nth(row))
-                {
+                let width = shape[1..].iter().product::<usize>().max(1);
+                // Those with a distribution of their own have it in all rows.
+                let padding = self.padding.filter(|_| own.is_none());
+                if let Some(row) = padding.and_then(|row| values.chunks_mut(width).nth(row)) {
                     row.fill(0.0);
                 }
                 Tensor::from_data(TensorData::new(values, shape), device)
             }
-            Init::Zeros => Tensor::zeros(shape, device),
-            Init::Ones => Tensor::ones(shape, device),
         };
         self.cast(tensor)
     }
