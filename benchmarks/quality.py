@@ -50,9 +50,14 @@ class Bench:
     def base(self):
         return self.quantized("f32", "gguf:F32", source=MODEL)
 
+    def folder(self):
+        """One with a tokenizer."""
+        return self.quantized("nf4", "nf4", "--dtype", "f32")
+
     def calibrated(self):
         more = ["--group-size", GROUP, "--calibration", self.calibration, "--num-samples", self.samples]
-        return self.quantized("gptq", "gptq", *more, "--seq-len", SEQ_LEN, "--dtype", "f32")
+        more += ["--seq-len", SEQ_LEN, "--no-act-group-aware", "--dtype", "f32"]
+        return self.quantized("gptq", "gptq", *more)
 
     def llama_cpp(self):
         """llama.cpp's Q4_K_M."""
@@ -79,7 +84,7 @@ class Bench:
                 change(model)
             model.save_pretrained(output)
             # Transformers' own conversion of this tokenizer does not split digits.
-            shutil.copy(self.calibrated() / "tokenizer.json", output)
+            shutil.copy(self.folder() / "tokenizer.json", output)
         return output
 
     def bitsandbytes(self):
@@ -92,11 +97,22 @@ class Bench:
 
         return self.dense("bitsandbytes", change)
 
+    def rounded(self):
+        """What GPTQ's codes would be if each column were rounded for itself."""
+
+        def change(model):
+            for _, linear in linears(model):
+                for columns in linear.weight.data.split(GROUP, dim=1):
+                    scale = columns.abs().amax(1, keepdim=True).clamp(min=1e-12) * 2 / 15
+                    columns.copy_((columns / scale).round().clamp(-8, 7) * scale)
+
+        return self.dense("rounded", change)
+
     def gptqmodel(self):
         from tokenizers import Tokenizer
 
         def change(model):
-            tokenizer = Tokenizer.from_file(str(self.calibrated() / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(self.folder() / "tokenizer.json"))
             ids = tokenizer.encode(self.calibration.read_text(), add_special_tokens=False).ids
             most = len(ids) // SEQ_LEN
             count = min(self.samples, most)
@@ -164,10 +180,9 @@ def main():
             "int8": lambda: bench.quantized("int8", "int8", "--dtype", "f32"),
             "Q4_K_M": lambda: bench.quantized("Q4_K_M", "gguf:Q4_K_M"),
             "Q4_K_M of llama.cpp": bench.llama_cpp,
-            "nf4": lambda: bench.quantized("nf4", "nf4", "--dtype", "f32"),
+            "nf4": bench.folder,
             "nf4 of bitsandbytes": bench.bitsandbytes,
-            "w4a16 (rounded to nearest)": lambda: bench.quantized(
-                "w4a16", "w4a16", "--block-size", GROUP, "--dtype", "f32"),
+            "rounded to nearest": bench.rounded,
             "gptq": bench.calibrated,
             "gptq of GPTQModel": bench.gptqmodel,
         }
@@ -177,7 +192,7 @@ def main():
             print(f"{name:28} {found[name]:9.4f} {100 * (found[name] / found['f32'] - 1):+7.2f} %", flush=True)
         print(f"perplexity of {tokens} tokens; of f32 +")
         bounds = [("int8", "f32", 0.5), ("Q4_K_M", "Q4_K_M of llama.cpp", 1), ("nf4", "nf4 of bitsandbytes", 2),
-                  ("gptq", "w4a16 (rounded to nearest)", 0), ("gptq", "gptq of GPTQModel", 2)]
+                  ("gptq", "rounded to nearest", 0), ("gptq", "gptq of GPTQModel", 2)]
         for ours, other, most in bounds:
             worse = 100 * (found[ours] / found[other] - 1)
             print(f"{ours} against {other}: {worse:+.2f} %, {'at most' if worse <= most else 'MORE THAN'} {most} %")
