@@ -133,7 +133,7 @@ fn compare(name: &str) {
     let path = folder.path().join("data.jsonl");
     std::fs::write(&path, lines.join("\n")).expect("data");
     let given = Given { classes: false };
-    let data = dataset(&path, given, &folder.path().join("cache"));
+    let data = dataset(&path, &given, &folder.path().join("cache"));
     let arguments = json!({
         "output_dir": folder.path(), "max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 2e-2,
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "save_strategy": "no",
@@ -258,7 +258,7 @@ fn with_dropout(output: &Path, gradient_checkpointing: bool, runs: &[u64]) -> Ve
         };
         let given = Given { classes: false };
         let data = fixtures().join("../../../train/tests/fixtures/curves/causal-lm/data.jsonl");
-        let data = dataset(&data, given, &output.join("cache"));
+        let data = dataset(&data, &given, &output.join("cache"));
         let config = AutoConfig::from_files(&files).expect("config");
         let task = CausalLanguageModeling::new(Arc::new(given), &config);
         let arguments = json!({
