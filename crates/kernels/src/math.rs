@@ -44,8 +44,8 @@ pub(crate) fn tanh(x: f32) -> f32 {
 /// (`generic_fast_erf_float`, `SpecialFunctionsImpl.h`).
 #[inline(always)]
 pub(crate) fn erf(x: f32) -> f32 {
-    // Beyond, it is 1 in f32.
-    let x = x.clamp(-4.0, 4.0);
+    // There the quotient is above 1.
+    let x = x.clamp(-4.2, 4.2);
     let square = x * x;
     let p = 2.770_681_5e-8 + square * -2.726_142_4e-10;
     let p = -5.692_506_6e-5 + square * (-2.101_024e-6 + square * p);
