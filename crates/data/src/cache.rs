@@ -486,12 +486,6 @@ impl Part {
     }
 
     /// The values of a column in one example.
-    /// Where examples begin, and the last one ends.
-    fn offsets(&self, column: &Column) -> &[[u8; 8]] {
-        let bytes = self.map.get(column.offsets.clone());
-        bytes.unwrap_or_default().as_chunks().0
-    }
-
     fn slice(&self, column: &Column, index: usize) -> Result<&[u8]> {
         let offset = |index: usize| {
             let at = column.offsets.start + index * size_of::<u64>();
@@ -590,25 +584,6 @@ impl TokenCache {
         Some(format!("{file}: line {line}"))
     }
 
-    /// Where the example comes from that the value `at` of a column is of, all examples one after the other.
-    pub fn source_of(&self, column: &str, at: u64) -> Option<String> {
-        let mut skip = at;
-        for (part, start) in self.parts.iter().zip(&self.starts) {
-            let Some(column) = part.columns.iter().find(|found| found.name == column) else {
-                continue;
-            };
-            let count = (column.values.len() / 4) as u64;
-            if skip < count {
-                let offsets = part.offsets(column);
-                let begun = offsets.partition_point(|bytes| u64::from_le_bytes(*bytes) <= skip);
-                let example = self.get(start + begun.checked_sub(1)? as u64).ok()?;
-                return self.source(&example);
-            }
-            skip -= count;
-        }
-        None
-    }
-
     /// Number of values that a column has in an example; 0 where there is no such column.
     ///
     /// # Errors
@@ -666,7 +641,12 @@ impl TokenCache {
         for (part, column) in self.columns(column) {
             let count = (column.values.len() / 4) as u64;
             if skip < count && segments.len() < len {
-                let offsets = part.offsets(column);
+                let offsets = part
+                    .map
+                    .get(column.offsets.clone())
+                    .unwrap_or_default()
+                    .as_chunks::<8>()
+                    .0;
                 let offset = |index: usize| offsets.get(index).map(|bytes| u64::from_le_bytes(*bytes));
                 // The first example that ends behind the place.
                 let mut example = offsets.partition_point(|bytes| u64::from_le_bytes(*bytes) <= skip);

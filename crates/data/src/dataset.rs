@@ -181,17 +181,11 @@ impl Dataset {
         format!("{}/{view}/{}+{}", self.cache.key, self.first, self.len)
     }
 
-    /// Where an example comes from, in words: file and line; of a block, where it begins.
+    /// Where an example comes from, in words: file and line.
     pub fn source(&self, index: u64, example: &Example) -> String {
-        let View::Blocks { size, .. } = &self.view else {
-            let source = self.cache.source(example);
-            return source.unwrap_or_else(|| format!("example {index}"));
-        };
-        let begins = (self.first + index) * *size as u64;
-        match self.cache.source_of("input_ids", begins) {
-            Some(source) => format!("block {index}, from {source} on"),
-            None => format!("block {index}"),
-        }
+        self.cache
+            .source(example)
+            .unwrap_or_else(|| format!("block {index}"))
     }
 
     /// Number of tokens in it.
