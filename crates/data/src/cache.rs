@@ -632,6 +632,22 @@ impl TokenCache {
         }
     }
 
+    /// The example that one of the values of a column is of, by its place among those of all examples.
+    pub fn example_of(&self, column: &str, value: u64) -> Option<u64> {
+        let (mut skip, mut before) = (value, 0);
+        for (part, column) in self.columns(column) {
+            let count = (column.values.len() / 4) as u64;
+            if skip < count {
+                let offsets = part.map.get(column.offsets.clone())?.as_chunks::<8>().0;
+                let end = offsets.partition_point(|bytes| u64::from_le_bytes(*bytes) <= skip);
+                return Some(before + (end as u64).checked_sub(1)?);
+            }
+            skip -= count;
+            before += part.examples as u64;
+        }
+        None
+    }
+
     /// Which example each of these values is of, counted from that of the first one.
     ///
     /// # Errors

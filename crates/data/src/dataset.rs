@@ -181,11 +181,29 @@ impl Dataset {
         format!("{}/{view}/{}+{}", self.cache.key, self.first, self.len)
     }
 
-    /// Where an example comes from, in words: file and line.
+    /// Where an example comes from, in words: file and line; of a block, those of its first and its last text.
     pub fn source(&self, index: u64, example: &Example) -> String {
         self.cache
             .source(example)
+            .or_else(|| self.source_of_block(index))
             .unwrap_or_else(|| format!("block {index}"))
+    }
+
+    fn source_of_block(&self, index: u64) -> Option<String> {
+        let View::Blocks { size, .. } = &self.view else {
+            return None;
+        };
+        let size = *size as u64;
+        let begin = (self.first + index) * size;
+        let place = |token| {
+            let example = self.cache.example_of("input_ids", token)?;
+            self.cache.source(&self.cache.get(example).ok()?)
+        };
+        let (first, last) = (place(begin)?, place((begin + size).checked_sub(1)?)?);
+        Some(match first == last {
+            true => first,
+            false => format!("{first} to {last}"),
+        })
     }
 
     /// Number of tokens in it.

@@ -70,6 +70,10 @@ fn blocks_join_texts() {
             .map(|text| (text - texts[range.start]) as i32)
             .collect();
         assert_eq!(example.ints("segments").unwrap(), expected, "block {index}");
+        let place = blocks.source(index, &example);
+        let lines =
+            [texts[range.start] + 1, texts[range.end - 1] + 1].map(|line| format!("data.txt: line {line}"));
+        assert!(place.contains(&lines[0]) && place.ends_with(&lines[1]), "{place}");
     }
     assert!(blocks.get(blocks.len()).is_err());
     assert!(Dataset::blocks(cache(folder.path()), 1 << 20, false).is_err());
