@@ -20,7 +20,7 @@ pub mod int8;
 pub mod linear;
 mod lines;
 mod math;
-mod memory;
+pub mod memory;
 pub mod norm;
 mod output;
 pub mod packed;

@@ -5,8 +5,17 @@
 //! number of these. Elsewhere, and where the system has none, they are vectors.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::lines::Line;
+
+static LARGE_PAGES: AtomicBool = AtomicBool::new(true);
+
+/// Whether weights that are loaded from now on may lie in large pages, past the process's allocator; they do at first.
+/// Without them decoding takes a tenth longer, and no memory is held in pieces of 16 megabytes.
+pub fn set_large_pages(wanted: bool) {
+    LARGE_PAGES.store(wanted, Ordering::Relaxed);
+}
 
 /// Bytes from the beginning of a cache line on.
 pub(crate) struct Bytes {
@@ -24,7 +33,9 @@ impl Bytes {
     /// Zeros that stay for long, in large pages where there are such.
     pub fn zeroed(len: usize) -> Self {
         #[cfg(target_os = "linux")]
-        if let Some(part) = large::zeroed(len.next_multiple_of(size_of::<Line>())) {
+        if LARGE_PAGES.load(Ordering::Relaxed)
+            && let Some(part) = large::zeroed(len.next_multiple_of(size_of::<Line>()))
+        {
             let place = Place::Large(part);
             return Self { len, place };
         }

@@ -54,6 +54,7 @@ pub use linear::{Linear, Observer};
 pub use mlp::{GatedMlp, Mlp};
 pub use norm::{LayerNorm, Norm, RmsNorm};
 pub use oxiformers_kernels::attention::attention as attend;
+pub use oxiformers_kernels::memory::set_large_pages;
 pub use oxiformers_kernels::{
     Activation, AttentionOptions, CodeBits, CrossEntropyOptions, GroupAxis, LabelError, Mask, ScoreBias,
     Visible, cross_entropy,
