@@ -142,7 +142,7 @@ fn weights_of_16_bits_learn_as_those_of_32_and_go_on_bit_for_bit() {
     let (plain, _) = run("plain", None, &[99]);
     assert_eq!((whole.len(), plain.len()), (24, 24));
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
-    assert!(mean(&whole[18..]) < 0.9 * mean(&whole[..3]), "{whole:?}");
+    assert!(mean(&whole[18..]) < 0.95 * mean(&whole[..3]), "{whole:?}");
     for (bf16, f32) in whole.iter().zip(&plain) {
         assert!((bf16 - f32).abs() < 0.02 * f32, "{bf16} instead of {f32}");
     }
