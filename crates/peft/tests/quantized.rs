@@ -22,6 +22,8 @@ use serde_json::json;
 
 /// Largest difference, as a part of the largest value: activations are rounded to 15 bits where weights are packed.
 const TOLERANCE: f32 = 1e-3;
+/// Of gradients, which go through products of such activations in every layer.
+const OF_GRADIENTS: f32 = 2e-3;
 
 fn fixture(name: &str) -> ModelFiles {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -152,7 +154,7 @@ fn as_over_the_same_weights_in_floats() {
             }
         }
         println!("{name:<24} logits {of_logits:.1e}, gradients {worst:.1e}");
-        if of_logits > TOLERANCE || worst > TOLERANCE {
+        if of_logits > TOLERANCE || worst > OF_GRADIENTS {
             failures.push(format!(
                 "{name}: logits {of_logits:e}, gradients {worst:e} ({place})"
             ));
