@@ -29,8 +29,9 @@ const TOLERANCE: [f32; 2] = [0.05, 0.02];
 /// Latents, which all keys and values are made of, lose more.
 const TOLERANCE_OF_LATENTS: f32 = 0.2;
 
-/// Between two ways to compute the same.
-const ROUNDED: f32 = 1e-4;
+/// Between two ways to compute the same: the last bit of a sum may decide how a key of the next layer is rounded to half
+/// precision.
+const ROUNDED: f32 = 1e-3;
 
 fn model(name: &str) -> AutoModelForCausalLM {
     let dir = common::fixtures("")
