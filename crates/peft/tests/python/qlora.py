@@ -1,8 +1,8 @@
 """Checks that PEFT loads an adapter that `oxiformers train` has written over a model in NF4, and that both answer alike.
 
-    python qlora.py PATH/TO/oxiformers PATH/TO/logits BASE ADAPTER
+    python qlora.py PATH/TO/oxiformers PATH/TO/adapter_logits BASE ADAPTER
 
-Pinned: peft==0.21.2, transformers==5.23.0, torch==2.15.0, bitsandbytes==0.50.2. `logits` is the example of crates/peft, BASE
+Pinned: peft==0.21.2, transformers==5.23.0, torch==2.15.0, bitsandbytes==0.50.2. `adapter_logits` is the example of crates/peft, BASE
 what the adapter was trained over (a GGUF file or a folder), ADAPTER the folder that the training wrote. Python gets the same
 codes, as `oxiformers quantize --method nf4` writes them, as floats: on a CPU bitsandbytes multiplies in bf16.
 """

@@ -1,7 +1,7 @@
 //! Writes the logits of a decoder with an adapter to standard output, as f32, for comparisons with other programs:
 //!
 //! ```sh
-//! cargo run --release -p oxiformers-peft --example logits -- BASE ADAPTER [--quantize METHOD] 1 2 3 > logits.bin
+//! cargo run --release -p oxiformers-peft --example adapter_logits -- BASE ADAPTER [--quantize METHOD] 1 2 3 > logits.bin
 //! ```
 //!
 //! `[tokens, vocab]`. `BASE` is a folder or a GGUF file, whose linear layers are quantized while they are loaded where a
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         _ => None,
     };
     let [base, adapter, ids @ ..] = args.as_slice() else {
-        return Err("usage: logits BASE ADAPTER [--quantize METHOD] ID…, see the source".into());
+        return Err("usage: adapter_logits BASE ADAPTER [--quantize METHOD] ID…, see the source".into());
     };
     let path = Path::new(base);
     let files = match path.is_dir() {
