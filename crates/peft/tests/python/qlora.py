@@ -27,12 +27,12 @@ TOLERANCE = 1e-3
 
 def main():
     binary, example, base, adapter = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
     with tempfile.TemporaryDirectory() as folder:
         nf4 = f"{folder}/nf4"
         subprocess.run([binary, "quantize", base, "--method", "nf4", "--output", nf4], check=True)
+        tokenizer = AutoTokenizer.from_pretrained(nf4)
         model = AutoModelForCausalLM.from_pretrained(nf4, device_map="cpu").dequantize(dtype=torch.float32)
-        plain = model.eval()
+        plain = model.float().eval()
         worst = 0.0
         for text in TEXTS:
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
