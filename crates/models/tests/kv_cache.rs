@@ -29,9 +29,9 @@ const TOLERANCE: [f32; 2] = [0.05, 0.02];
 /// Latents, which all keys and values are made of, lose more.
 const TOLERANCE_OF_LATENTS: f32 = 0.2;
 
-/// Between two ways to compute the same: the last bit of a sum may decide how a key of the next layer is rounded to half
-/// precision.
-const ROUNDED: f32 = 1e-3;
+/// Between two ways to compute the same, as a share of what packing changes: the last bit of a sum may decide which code a
+/// key of the next layer gets.
+const ROUNDED: f32 = 0.05;
 
 fn model(name: &str) -> AutoModelForCausalLM {
     let dir = common::fixtures("")
@@ -131,7 +131,7 @@ fn codes_are_attended_to_as_if_they_were_dequantized() {
                 let difference = largest_difference(&ours, &expected);
                 let lost = largest_difference(&ours, &full);
                 println!("{name}, {bits:?}: {difference:.1e}; {lost:.1e} from full precision");
-                assert!(difference < ROUNDED, "{name}: {difference}");
+                assert!(difference < ROUNDED * lost, "{name}: {difference}");
                 assert!(bits != CodeBits::Two || lost > 0.1, "{name}: {lost}");
             }
         }
