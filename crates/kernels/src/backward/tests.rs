@@ -504,7 +504,7 @@ fn dropout_of_attention_in_expectation() {
         numbers(attention(qkv(), &mask, ScoreBias::default(), options))
     };
     let draws = 4000;
-    let mut mean = vec![0.0; 24];
+    let mut mean = [0.0; 24];
     for seed in 0..draws {
         for (mean, x) in mean.iter_mut().zip(run(Some(Dropout { rate: 0.3, seed }))) {
             *mean += x / draws as f32;
