@@ -17,6 +17,14 @@ pub struct PairColumns {
     pub rejected: String,
 }
 
+impl PairColumns {
+    /// What tells a preprocessing of these columns from other ones.
+    fn settings(&self, task: &str, prompted: &Prompted) -> Value {
+        let columns = [&self.prompt, &self.chosen, &self.rejected];
+        json!({ "task": task, "columns": columns, "prompted": prompted.settings() })
+    }
+}
+
 /// Learns which of two answers to a prompt is the better one (Rafailov et al., 2023). A batch has the rows of all chosen
 /// answers, then those of all others; the prompts are not learned.
 #[derive(Debug, Clone)]
@@ -29,8 +37,7 @@ pub struct Preference {
 
 impl Preprocessor for Preference {
     fn settings(&self) -> Value {
-        let columns = [&self.columns.prompt, &self.columns.chosen, &self.columns.rejected];
-        json!({ "task": "preference", "columns": columns, "prompted": self.prompted.settings() })
+        self.columns.settings("preference", &self.prompted)
     }
 
     fn examples(&self, record: &Value) -> Result<Vec<Example>, String> {
@@ -81,8 +88,7 @@ const MARGIN: &str = "margin";
 
 impl Preprocessor for Comparison {
     fn settings(&self) -> Value {
-        let columns = [&self.columns.prompt, &self.columns.chosen, &self.columns.rejected];
-        json!({ "task": "comparison", "columns": columns, "prompted": self.prompted.settings() })
+        self.columns.settings("comparison", &self.prompted)
     }
 
     fn examples(&self, record: &Value) -> Result<Vec<Example>, String> {
