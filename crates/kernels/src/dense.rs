@@ -318,7 +318,7 @@ fn multiply(x: Left, given: Vec<Product>, act: Option<Activation>) -> Vec<Vec<f3
         }
     }
     // Rows in equal blocks, and so many pairs of panels a task that all threads have some.
-    let (blocks, rows) = blocks(batch, by_tiles);
+    let blocks = blocks(batch, by_tiles);
     let pairs: usize = products.iter().map(Product::pairs).sum();
     let work = batch * in_features * pairs * 2 * PANEL;
     let chunks = match work {
@@ -330,7 +330,7 @@ fn multiply(x: Left, given: Vec<Product>, act: Option<Activation>) -> Vec<Vec<f3
     let first_id = (chunks > 1).then(|| X_ID.fetch_add(blocks as u64, Ordering::Relaxed));
     let task = |index: usize| {
         let (block, chunk) = (index / chunks, index % chunks);
-        let rows = block * rows..batch.min((block + 1) * rows);
+        let rows = block * batch / blocks..(block + 1) * batch / blocks;
         let mut first = 0;
         for product in &products {
             let count = product.pairs();
@@ -368,7 +368,7 @@ pub fn feed_forward(x: &[f32], in_features: usize, [first, second]: [Layer; 2], 
     let batch = x.len() / in_features.max(1);
     let [inner, _] = first.0.shape();
     let by_tiles = uses_tiles(batch);
-    let (blocks, rows) = blocks(batch, by_tiles);
+    let blocks = blocks(batch, by_tiles);
     // Few rows: all threads on one product, then on the other.
     if blocks < 2 * num_threads() {
         let between = only(matmul(x, in_features, &[first], Some(act)));
@@ -376,7 +376,7 @@ pub fn feed_forward(x: &[f32], in_features: usize, [first, second]: [Layer; 2], 
     }
     let out = Product::new(second, batch, by_tiles);
     for_each(blocks, |block| {
-        let rows = block * rows..batch.min((block + 1) * rows);
+        let rows = block * batch / blocks..(block + 1) * batch / blocks;
         let between = Product::new(first, rows.len(), by_tiles);
         let x = &x[rows.start * in_features..rows.end * in_features];
         Task::all(Left::new(x, in_features), &between, 0, Some(act)).run();
@@ -397,15 +397,15 @@ fn uses_tiles(rows: usize) -> bool {
     rows >= tiles::MANY && tiles::available()
 }
 
-/// Into how many blocks so many rows of `x` are cut, and how many each has: where there are more than threads, as many
-/// for each.
-fn blocks(rows: usize, by_tiles: bool) -> (usize, usize) {
-    let mut blocks = rows.div_ceil(if by_tiles { tiles::ROWS } else { ROWS }).max(1);
+/// Into how many blocks so many rows of `x` are cut, as equal as can be: where there are more than threads, as many for
+/// each. None is so small that sums are made in another order.
+fn blocks(rows: usize, by_tiles: bool) -> usize {
+    let blocks = rows.div_ceil(if by_tiles { tiles::ROWS } else { ROWS }).max(1);
     if blocks > num_threads() {
-        blocks = blocks.next_multiple_of(num_threads());
+        blocks.next_multiple_of(num_threads())
+    } else {
+        blocks
     }
-    let size = rows.div_ceil(blocks).max(1);
-    (rows.div_ceil(size).max(1), size)
 }
 
 /// The result of a single product.
