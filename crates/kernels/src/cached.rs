@@ -13,7 +13,7 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::attention::{self, AttentionOptions, Mask, ScoreBias, attention};
 use crate::flash::{Cached, Packed, View};
-use crate::flex;
+use crate::flex::{self, zeros_like};
 
 pub(crate) mod codes;
 
@@ -404,7 +404,7 @@ fn put<K: Basic>(buffer: Option<Tensor<4, K>>, used: usize, new: Tensor<4, K>, r
                 None => needed,
             };
             let shape = [batch, heads, capacity.max(room), width];
-            let buffer = Tensor::zeros(shape, (&new.device(), new.dtype()));
+            let buffer = zeros_like(&new, shape);
             match old {
                 Some(old) if used > 0 => write(buffer, 0, old.narrow(2, 0, used)),
                 _ => buffer,
@@ -416,7 +416,7 @@ fn put<K: Basic>(buffer: Option<Tensor<4, K>>, used: usize, new: Tensor<4, K>, r
 
 /// The `rows` of a buffer at the beginning of one as large.
 fn moved<K: Basic>(buffer: Tensor<4, K>, rows: std::ops::Range<usize>) -> Tensor<4, K> {
-    let empty = Tensor::zeros(buffer.dims(), (&buffer.device(), buffer.dtype()));
+    let empty = zeros_like(&buffer, buffer.dims());
     if rows.is_empty() {
         return empty;
     }

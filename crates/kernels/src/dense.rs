@@ -559,33 +559,52 @@ impl<'a> Task<'a> {
         } = SCRATCH.take().unwrap_or_default();
         let pieces = Pieces(in_features);
         let size = rows * STRIDE;
-        let held = if self.x_id.is_some() { pieces.count() } else { 1 };
+        let few = rows <= AS_THEY_LIE;
+        let held = if few || self.x_id.is_some() {
+            pieces.count()
+        } else {
+            1
+        };
         x.resize(x.len().max(held * size), 0.0);
         panels.resize(2 * PANEL * COLUMNS, 0.0);
         let is_there = self.x_id.is_some() && self.x_id == holds;
-        for piece in 0..pieces.count() {
-            let columns = pieces.columns(piece);
-            let at = if held > 1 { piece * size } else { 0 };
-            let x = &mut x[at..at + size];
+        let at = |piece: usize| piece % held * size..(piece % held + 1) * size;
+        let copy = |piece: usize, x: &mut [f32]| {
             if !is_there {
-                self.x.copy(columns.clone(), STRIDE, x);
+                self.x.copy(pieces.columns(piece), STRIDE, x);
             }
-            for first in outputs.clone().step_by(2 * PANEL) {
-                let outputs = first..outputs.end.min(first + 2 * PANEL);
-                let (weights, stride, float) = self.weights(kernels, &outputs, &columns, rows, &mut panels);
-                let part = Part {
-                    weights,
-                    stride,
-                    columns: columns.len(),
-                    outputs: outputs.len(),
-                    x: x.as_ptr(),
-                    rows,
-                    add: self.product.add || piece > 0,
-                    out: self.product.out.at(self.first_row * out_features + outputs.start),
-                    out_stride: out_features,
-                };
-                // SAFETY: everything is as the fields say, and this task alone writes the outputs of its rows.
-                unsafe { part.run(kernels, float) };
+        };
+        let mut multiply = |piece: usize, first: usize, x: &[f32]| {
+            let columns = pieces.columns(piece);
+            let outputs = first..outputs.end.min(first + 2 * PANEL);
+            let (weights, stride, float) = self.weights(kernels, &outputs, &columns, rows, &mut panels);
+            let part = Part {
+                weights,
+                stride,
+                columns: columns.len(),
+                outputs: outputs.len(),
+                x: x.as_ptr(),
+                rows,
+                add: self.product.add || piece > 0,
+                out: self.product.out.at(self.first_row * out_features + outputs.start),
+                out_stride: out_features,
+            };
+            // SAFETY: everything is as the fields say, and this task alone writes the outputs of its rows.
+            unsafe { part.run(kernels, float) };
+        };
+        let firsts = outputs.clone().step_by(2 * PANEL);
+        if few {
+            // Reading weights is what takes long: from the first to the last.
+            (0..pieces.count()).for_each(|piece| copy(piece, &mut x[at(piece)]));
+            for first in firsts {
+                (0..pieces.count()).for_each(|piece| multiply(piece, first, &x[at(piece)]));
+            }
+        } else {
+            for piece in 0..pieces.count() {
+                copy(piece, &mut x[at(piece)]);
+                firsts
+                    .clone()
+                    .for_each(|first| multiply(piece, first, &x[at(piece)]));
             }
         }
         SCRATCH.set(Some(Scratch {

@@ -2,7 +2,8 @@
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::{BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind};
-use burn::tensor::{DType, Element, Shape, Tensor, TensorData};
+use burn::tensor::kind::Basic;
+use burn::tensor::{Bytes, DType, Device, Element, Shape, Tensor, TensorData};
 use bytemuck::Pod;
 
 use crate::flash::View;
@@ -53,6 +54,18 @@ pub(crate) fn wrap<const D: usize>(x: FlexTensor) -> Tensor<D> {
 /// A tensor of new values.
 pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
     wrap(FlexTensor::from_data(TensorData::new(values, Shape::from(shape))))
+}
+
+/// Zeros of the kind of `like`, on its device. On the CPU they take no memory before something is written to them.
+pub fn zeros_like<const D: usize, K: Basic>(like: &Tensor<D, K>, shape: [usize; D]) -> Tensor<D, K> {
+    let options = (&like.device(), like.dtype());
+    let bytes = shape.iter().product::<usize>() * like.dtype().size();
+    if *options.0 != Device::flex() || !bytes.is_multiple_of(size_of::<u128>()) {
+        return Tensor::zeros(shape, options);
+    }
+    // The engine's own are copied to where it wants them to lie: at multiples of so many bytes.
+    let zeros = Bytes::from_elems(vec![0u128; bytes / size_of::<u128>()]);
+    Tensor::from_data(TensorData::from_bytes(zeros, shape, like.dtype()), options)
 }
 
 /// The same values one after the other.

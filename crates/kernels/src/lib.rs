@@ -35,6 +35,7 @@ pub use backward::{rows, split};
 pub use cached::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, cached_attention};
 pub use cross_entropy::{CrossEntropyOptions, LabelError, cross_entropy};
 pub use dropout::Dropout;
+pub use flex::zeros_like;
 pub use linear::{Weight, feed_forward, gated_feed_forward, int8_activations, linear, linears};
 pub use math::{argmax, softmax};
 pub use norm::{add_layer_norm, add_rms_norm, layer_norm, rms_norm};

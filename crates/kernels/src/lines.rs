@@ -5,13 +5,15 @@
 #[repr(align(64))]
 pub(crate) struct Line(#[allow(dead_code)] [u8; 64]);
 
-impl Line {
-    pub const ZERO: Self = Self([0; 64]);
+impl Default for Line {
+    fn default() -> Self {
+        Self([0; 64])
+    }
 }
 
-/// Makes room for at least so many lines.
-pub(crate) fn make_room(lines: &mut Vec<Line>, len: usize) {
-    if lines.len() < len {
-        lines.resize(len, Line::ZERO);
+/// Makes room for at least so many values, of which those that were there before stay what they are.
+pub(crate) fn make_room<T: Copy + Default>(values: &mut Vec<T>, len: usize) {
+    if values.len() < len {
+        values.resize(len, T::default());
     }
 }

@@ -44,7 +44,7 @@ impl Bytes {
 
     /// Zeros that are soon given back.
     pub fn temporary(len: usize) -> Self {
-        let lines = vec![Line::ZERO; len.div_ceil(size_of::<Line>())];
+        let lines = vec![Line::default(); len.div_ceil(size_of::<Line>())];
         let place = Place::Lines(lines);
         Self { len, place }
     }

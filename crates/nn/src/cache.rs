@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use oxiformers_kernels::cached::halved;
-use oxiformers_kernels::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat};
+use oxiformers_kernels::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, zeros_like};
 
 /// How a cache keeps what it has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -578,7 +578,7 @@ impl LayerCache {
 /// An empty buffer for `capacity` entries like `like`'s.
 fn grown(like: &Tensor<4>, capacity: usize) -> Tensor<4> {
     let [batch, heads, _, head_dim] = like.dims();
-    Tensor::zeros([batch, heads, capacity, head_dim], (&like.device(), like.dtype()))
+    zeros_like(like, [batch, heads, capacity, head_dim])
 }
 
 fn write(buffer: Tensor<4>, at: usize, values: Tensor<4>) -> Tensor<4> {

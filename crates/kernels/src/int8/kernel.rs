@@ -113,6 +113,9 @@ impl Rows for Activations {
     }
 }
 
+/// So many bytes before their turn codes are asked for: what the processor does by itself ends with a page of 4 KB.
+const AHEAD: usize = 2048;
+
 /// # Safety
 /// See [`Rows::batch`].
 #[inline(always)]
@@ -206,6 +209,9 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations,
                 let (mut values, mut x_sums) = ([S::zero(); M], [0.0f32; M]);
                 let end = blocks.min(begin + plan.group_blocks);
                 for block in begin..end {
+                    if M > 1 {
+                        S::prefetch::<AHEAD>(at, K::BLOCK_BYTES);
+                    }
                     let products = dots!(block, 0: 0 1 2 3 4 5 6 7);
                     for m in 0..M {
                         let scale = *scales[m].add(block);
@@ -229,6 +235,9 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations,
             }
         } else {
             for block in 0..blocks {
+                if M > 1 {
+                    S::prefetch::<AHEAD>(at, K::BLOCK_BYTES);
+                }
                 if K::KIND.group == 16 {
                     group!(block, 0: 0 1 2 3);
                     group!(block, 1: 4 5 6 7);

@@ -13,6 +13,7 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::ops::Range;
 
+use crate::lines::make_room;
 use crate::memory::Bytes;
 use crate::output::Output;
 use crate::threads::{for_each, num_threads, pieces};
@@ -185,7 +186,8 @@ const LARGEST: f32 = 127.0 * 128.0;
 /// Adding this rounds to whole numbers, which then stand in the low bits.
 const ROUND: f32 = 12_582_912.0;
 
-/// Rows of activations, quantized for the kernels for few rows.
+/// Rows of activations, quantized for the kernels for few rows; vectors may be longer than is said.
+#[derive(Default)]
 struct Activations {
     rows: usize,
     cols: usize,
@@ -202,21 +204,18 @@ struct Activations {
 impl Activations {
     /// Quantizes `x` `[rows, cols]`, `cols` a multiple of 32: in each block of 32 the largest value becomes
     /// 127 · 128.
-    fn quantize(x: &[f32], cols: usize, few: Few) -> Self {
+    fn quantize(&mut self, x: &[f32], cols: usize, few: Few) {
         let (rows, blocks) = (x.len() / cols.max(1), cols / BLOCK);
-        let mut all = Self {
-            rows,
-            cols,
-            codes: vec![0; 2 * x.len()],
-            scales: vec![0.0; x.len() / BLOCK],
-            sums: vec![0; x.len() / (BLOCK / 2)],
-            values: vec![0.0; 3 * x.len() / BLOCK],
-        };
+        (self.rows, self.cols) = (rows, cols);
+        make_room(&mut self.codes, 2 * x.len());
+        make_room(&mut self.scales, x.len() / BLOCK);
+        make_room(&mut self.sums, x.len() / (BLOCK / 2));
+        make_room(&mut self.values, 3 * x.len() / BLOCK);
         let to = Fields {
-            codes: Shared(all.codes.as_mut_ptr()),
-            scales: Shared(all.scales.as_mut_ptr()),
-            sums: Shared(all.sums.as_mut_ptr()),
-            values: Shared(all.values.as_mut_ptr()),
+            codes: Shared(self.codes.as_mut_ptr()),
+            scales: Shared(self.scales.as_mut_ptr()),
+            sums: Shared(self.sums.as_mut_ptr()),
+            values: Shared(self.values.as_mut_ptr()),
         };
         // Below some thousand values, handing over costs more than the work.
         let (count, size) = pieces(blocks, 4096 / (BLOCK * rows).max(1));
@@ -236,7 +235,6 @@ impl Activations {
                 }
             });
         });
-        all
     }
 }
 
@@ -485,7 +483,12 @@ pub fn matmul(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> 
     // All matrices have kernels of the same instruction set.
     match weights.first().map(|weight| weight.kernels) {
         Some(kernels) if by_matrix_tiles(x, cols, kernels, &tiles) => (),
-        Some(Kernels { few, .. }) if rows < MANY => few_rows(&Activations::quantize(x, cols, few), &tiles),
+        Some(Kernels { few, .. }) if rows < MANY => {
+            let mut quantized = QUANTIZED.take();
+            quantized.quantize(x, cols, few);
+            few_rows(&quantized, &tiles);
+            QUANTIZED.set(quantized);
+        }
         Some(Kernels { wide, .. }) => many_rows(&ManyActivations::quantize(x, cols, wide), &tiles),
         None => (),
     }
@@ -618,6 +621,8 @@ fn each_tile(tiles: &Tiles, rows: usize, multiply: impl Fn(Tile) + Sync) {
 }
 
 thread_local! {
+    // Kept from call to call: a step of decoding would ask for them some hundred times.
+    static QUANTIZED: Cell<Activations> = Cell::default();
     static UNPACKED: Cell<Unpacked> = Cell::default();
 }
 

@@ -27,6 +27,9 @@ pub(super) trait Simd: Copy {
     const UNPACKED: usize = 2;
 
     unsafe fn load(from: *const u8) -> Self::Int;
+    /// Asks for `len` bytes that lie `AHEAD` bytes after `from`, wherever that is.
+    #[inline(always)]
+    unsafe fn prefetch<const AHEAD: usize>(_from: *const u8, _len: usize) {}
     unsafe fn splat(value: i32) -> Self::Int;
     /// A table of 16 bytes for [`look_up`](Self::look_up).
     unsafe fn table(table: &[u8; 16]) -> Self::Int;
@@ -198,6 +201,12 @@ mod x86 {
         const MOST: usize = 8;
         const SPLIT: Split = Split::Bytes;
 
+        #[inline(always)]
+        unsafe fn prefetch<const AHEAD: usize>(from: *const u8, len: usize) {
+            for at in (0..len).step_by(64) {
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD + at).cast()) }
+            }
+        }
         #[inline(always)]
         unsafe fn load(from: *const u8) -> __m512i {
             unsafe { _mm512_loadu_si512(from.cast()) }
