@@ -57,6 +57,24 @@ pub(crate) fn erf(x: f32) -> f32 {
     (p / q).clamp(-1.0, 1.0)
 }
 
+/// `x += y`.
+pub(crate) fn add(x: &mut [f32], y: &[f32]) {
+    struct Add<'a>(&'a mut [f32], &'a [f32]);
+
+    impl pulp::WithSimd for Add<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) {
+            for (x, y) in self.0.iter_mut().zip(self.1) {
+                *x += y;
+            }
+        }
+    }
+
+    pulp::Arch::new().dispatch(Add(x, y));
+}
+
 /// Partial sums: a few vectors of any machine.
 const LANES: usize = 32;
 

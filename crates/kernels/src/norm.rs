@@ -53,11 +53,7 @@ pub fn add_rms_norm<const D: usize>(
     let normed = Output::new(x.layout().num_elements());
     let sum = flex::change(x, size, |start, x| {
         let to = normed.at(start);
-        pulp::Arch::new().dispatch(|| {
-            for (x, residual) in x.iter_mut().zip(&flex::values(&residual)[start..]) {
-                *x += residual;
-            }
-        });
+        math::add(x, &flex::values(&residual)[start..]);
         // SAFETY: there is room for as many values as `x` has, and nobody else writes those of this chunk.
         let to = unsafe {
             to.copy_from_nonoverlapping(x.as_ptr(), x.len());

@@ -20,12 +20,7 @@ pub(crate) fn add<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Result<Tensor<D
     let ([x, y], tape) = open([x, y].map(Tensor::into_dispatch)).map_err(back)?;
     let y = flex::contiguous(y);
     let sum = flex::change(x, 1, |start, x| {
-        let y = &flex::values(&y)[start..start + x.len()];
-        pulp::Arch::new().dispatch(|| {
-            for (x, y) in x.iter_mut().zip(y) {
-                *x += y;
-            }
-        });
+        math::add(x, &flex::values(&y)[start..start + x.len()]);
     });
     Ok(tape.record(sum, |g, [a, b]| [a.then(|| g.clone()), b.then_some(g)]))
 }

@@ -1,8 +1,9 @@
 //! A tile of weights times rows of activations.
 
+use super::activations::{Activations, Blocks};
 use super::codes::{Kind, Shape, ShiftKind, WIDE};
 use super::simd::{Simd, Split};
-use super::{Activations, BLOCK, TILE, Tile, batches, planes};
+use super::{BLOCK, TILE, Tile, batches, planes};
 
 /// Rows of activations as kernels for few rows take them.
 pub(super) trait Rows {
@@ -54,6 +55,12 @@ macro_rules! kernel {
                     split: <$simd>::SPLIT,
                     most: <$simd>::MOST,
                 }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            pub(in crate::int8) unsafe fn quantize(blocks: Blocks) {
+                // SAFETY: the caller's; the features are enabled here.
+                unsafe { blocks.quantize::<$simd>() }
             }
 
             $(#[target_feature(enable = $features)])?

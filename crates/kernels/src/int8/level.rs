@@ -1,5 +1,6 @@
 //! The instruction sets and the kinds of codes that there are kernels for.
 
+use super::activations::{QuantizeFew, QuantizeMany};
 use super::codes::ShiftKind::{self, Mins, Offset, Zeros};
 use super::codes::{Kind, Shape, WIDE};
 use super::kernel::{self, Few};
@@ -16,6 +17,10 @@ pub(super) struct Kernels {
     pub few: Few,
     pub wide: Wide,
     pub whole: Few<WholeActivations>,
+    /// For `few`.
+    pub quantize_few: QuantizeFew,
+    /// For `wide`.
+    pub quantize_many: QuantizeMany,
     /// Where the processor has matrix tiles.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub tiled: Option<Tiled>,
@@ -42,6 +47,8 @@ macro_rules! levels {
                         few: kernel::$module::few::<K, _>(),
                         wide: wide::$module::wide::<K>(),
                         whole: kernel::$module::few::<K, _>(),
+                        quantize_few: kernel::$module::quantize,
+                        quantize_many: wide::$module::quantize,
                         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                         tiled: (self == Self::Amx).then(tiled::<K>),
                     },)*

@@ -11,13 +11,12 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
-use std::ops::Range;
 
-use crate::lines::make_room;
 use crate::memory::Bytes;
 use crate::output::Output;
 use crate::threads::{for_each, num_threads, pieces};
 
+mod activations;
 mod codes;
 mod kernel;
 mod level;
@@ -29,15 +28,14 @@ mod tiles;
 mod whole;
 mod wide;
 
+use activations::{Activations, ManyActivations};
 use codes::Plan;
 pub use codes::{CodeLayout, CodeRows, Shift};
-use kernel::Few;
 use level::{KINDS, Kernels, Level};
 use pack::Scratch;
 pub use rows::Regrouped;
-use simd::Split;
 use whole::WholeActivations;
-use wide::{MANY, Unpacked, Wide};
+use wide::{MANY, Unpacked};
 
 /// Rows of a tile.
 const TILE: usize = 16;
@@ -180,183 +178,8 @@ const fn planes(bits: usize) -> [usize; 2] {
     }
 }
 
-/// The largest code of an activation.
-const LARGEST: f32 = 127.0 * 128.0;
-
 /// Adding this rounds to whole numbers, which then stand in the low bits.
 const ROUND: f32 = 12_582_912.0;
-
-/// Rows of activations, quantized for the kernels for few rows; vectors may be longer than is said.
-#[derive(Default)]
-struct Activations {
-    rows: usize,
-    cols: usize,
-    /// [Batch](batches) for batch of `m` rows: `[cols / 4, 2, m, 4]`, the parts of [`Split`].
-    codes: Vec<i8>,
-    /// `[rows, cols / 32]`.
-    scales: Vec<f32>,
-    /// Sums of codes in halves of blocks: `[rows, cols / 16]`.
-    sums: Vec<i32>,
-    /// Sums of values in blocks, and in their first and second halves: `[rows, cols / 32, 3]`.
-    values: Vec<f32>,
-}
-
-impl Activations {
-    /// Quantizes `x` `[rows, cols]`, `cols` a multiple of 32: in each block of 32 the largest value becomes
-    /// 127 · 128.
-    fn quantize(&mut self, x: &[f32], cols: usize, few: Few) {
-        let (rows, blocks) = (x.len() / cols.max(1), cols / BLOCK);
-        (self.rows, self.cols) = (rows, cols);
-        make_room(&mut self.codes, 2 * x.len());
-        make_room(&mut self.scales, x.len() / BLOCK);
-        make_room(&mut self.sums, x.len() / (BLOCK / 2));
-        make_room(&mut self.values, 3 * x.len() / BLOCK);
-        let to = Fields {
-            codes: Shared(self.codes.as_mut_ptr()),
-            scales: Shared(self.scales.as_mut_ptr()),
-            sums: Shared(self.sums.as_mut_ptr()),
-            values: Shared(self.values.as_mut_ptr()),
-        };
-        // Below some thousand values, handing over costs more than the work.
-        let (count, size) = pieces(blocks, 4096 / (BLOCK * rows).max(1));
-        for_each(count, |piece| {
-            // SAFETY: blocks of columns are disjoint, and so are batches.
-            pulp::Arch::new().dispatch(|| unsafe {
-                for (first, len) in batches(rows, few.most) {
-                    for block in piece * size..blocks.min((piece + 1) * size) {
-                        let at = Block {
-                            cols,
-                            block,
-                            first,
-                            len,
-                        };
-                        at.quantize(x, few.split, to);
-                    }
-                }
-            });
-        });
-    }
-}
-
-/// Where the fields of [`Activations`] are.
-#[derive(Clone, Copy)]
-struct Fields {
-    codes: Shared<i8>,
-    scales: Shared<f32>,
-    sums: Shared<i32>,
-    values: Shared<f32>,
-}
-
-/// A block of columns of a [batch](batches) of [`Activations`].
-struct Block {
-    cols: usize,
-    block: usize,
-    first: usize,
-    len: usize,
-}
-
-impl Block {
-    /// # Safety
-    /// There is room for all rows, and nobody else touches what is this block's.
-    #[inline(always)]
-    unsafe fn quantize(&self, x: &[f32], split: Split, to: Fields) {
-        let (blocks, size) = (self.cols / BLOCK, 2 * self.len * BLOCK);
-        // SAFETY: the caller's.
-        let codes = unsafe {
-            let at = 2 * self.first * self.cols + size * self.block;
-            std::slice::from_raw_parts_mut(to.codes.at(at), size)
-        };
-        for row in 0..self.len {
-            let at = (self.first + row) * blocks + self.block;
-            let (whole, scale) = quantize_block(&x.as_chunks().0[at]);
-            let sums = half_sums(&whole);
-            // SAFETY: the caller's.
-            unsafe {
-                to.scales.at(at).write(scale);
-                to.sums.at(2 * at).cast::<[i32; 2]>().write(sums);
-                to.values
-                    .at(3 * at)
-                    .cast::<[f32; 3]>()
-                    .write(values_of(sums, scale));
-            }
-            place(split, &whole, row, self.len, codes);
-        }
-    }
-}
-
-/// Rows of activations, quantized for the kernels for many rows.
-struct ManyActivations {
-    rows: usize,
-    cols: usize,
-    /// Number of batches, of sizes that differ by one at most.
-    batches: usize,
-    /// Batch for batch of `m` rows: `[cols / 4, 2, m, 4]`, the parts of [`Split`].
-    codes: Vec<i8>,
-    /// Batch for batch: `[cols / 32, m]`.
-    scales: Vec<f32>,
-    /// Sums of values in blocks, and in their first and second halves; batch for batch: `[cols / 32, 3, m]`.
-    sums: Vec<f32>,
-}
-
-/// A batch of [`ManyActivations`].
-#[derive(Clone, Copy)]
-struct Quantized<'a> {
-    codes: &'a [i8],
-    scales: &'a [f32],
-    sums: &'a [f32],
-}
-
-impl ManyActivations {
-    /// Quantizes `x` `[rows, cols]` as [`Activations::quantize`] does.
-    fn quantize(x: &[f32], cols: usize, wide: Wide) -> Self {
-        let (rows, most) = (x.len() / cols.max(1), wide.multiply.len());
-        let mut all = Self {
-            rows,
-            cols,
-            batches: rows.div_ceil(most),
-            codes: vec![0; 2 * x.len()],
-            scales: vec![0.0; x.len() / BLOCK],
-            sums: vec![0.0; 3 * x.len() / BLOCK],
-        };
-        let (codes, scales, sums) = (
-            Shared(all.codes.as_mut_ptr()),
-            Shared(all.scales.as_mut_ptr()),
-            Shared(all.sums.as_mut_ptr()),
-        );
-        // Below some thousand values, handing over costs more than the work.
-        let (count, size) = pieces(all.batches, 16 * 1024 / (most * cols).max(1));
-        for_each(count, |piece| {
-            for batch in piece * size..all.batches.min((piece + 1) * size) {
-                let rows = all.rows_of(batch);
-                let (from, len) = (rows.start * cols, rows.len() * cols);
-                // SAFETY: batches are disjoint ranges of rows.
-                let (codes, scales, sums) = unsafe {
-                    (
-                        std::slice::from_raw_parts_mut(codes.at(2 * from), 2 * len),
-                        std::slice::from_raw_parts_mut(scales.at(from / BLOCK), len / BLOCK),
-                        std::slice::from_raw_parts_mut(sums.at(3 * from / BLOCK), 3 * len / BLOCK),
-                    )
-                };
-                let x = &x[from..from + len];
-                pulp::Arch::new().dispatch(|| quantize_many(x, cols, wide.split, codes, scales, sums));
-            }
-        });
-        all
-    }
-
-    fn rows_of(&self, batch: usize) -> Range<usize> {
-        batch * self.rows / self.batches..(batch + 1) * self.rows / self.batches
-    }
-
-    fn batch(&self, rows: &Range<usize>) -> Quantized<'_> {
-        let values = rows.start * self.cols..rows.end * self.cols;
-        Quantized {
-            codes: &self.codes[2 * values.start..2 * values.end],
-            scales: &self.scales[values.start / BLOCK..values.end / BLOCK],
-            sums: &self.sums[3 * values.start / BLOCK..3 * values.end / BLOCK],
-        }
-    }
-}
 
 /// The rows that a kernel takes at a time, as pairs of the first and their number: eight, or `most`, and at the end
 /// four, two and one.
@@ -368,96 +191,6 @@ fn batches(rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
         first += size;
         Some((first - size, size))
     })
-}
-
-/// Quantizes a block: whole numbers of 15 bits, and their scale.
-#[inline(always)]
-fn quantize_block(x: &[f32; BLOCK]) -> ([i32; BLOCK], f32) {
-    // As integers the bits of absolute values are ordered as the values are, infinity and NaN last.
-    let largest = x.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).fold(0, u32::max);
-    let largest = f32::from_bits(largest);
-    let mut whole = [0i32; BLOCK];
-    if !largest.is_finite() {
-        return (whole, f32::NAN);
-    }
-    let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-    // A plain loop: what a closure is given to would not be compiled for this processor.
-    for (whole, x) in whole.iter_mut().zip(x) {
-        *whole = ((x * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    }
-    (whole, largest / LARGEST)
-}
-
-/// The sums of both halves of a block.
-#[inline(always)]
-fn half_sums(whole: &[i32; BLOCK]) -> [i32; 2] {
-    let mut sums = [0i32; 2];
-    for (sum, whole) in sums.iter_mut().zip(whole.as_chunks::<16>().0) {
-        *sum = whole.iter().fold(0, |sum, whole| sum.wrapping_add(*whole));
-    }
-    sums
-}
-
-/// The sum of a block's values, and those of its halves.
-#[inline(always)]
-fn values_of([first, second]: [i32; 2], scale: f32) -> [f32; 3] {
-    [first.wrapping_add(second), first, second].map(|sum| scale * sum as f32)
-}
-
-/// Puts the codes of a block in their places; `to` is where those of the first row go.
-#[inline(always)]
-fn place(split: Split, whole: &[i32; BLOCK], row: usize, rows: usize, to: &mut [i8]) {
-    let to = to.as_chunks_mut::<4>().0.chunks_exact_mut(2 * rows);
-    match split {
-        Split::Bytes => {
-            let (mut high, mut low) = ([0i8; BLOCK], [0i8; BLOCK]);
-            for ((high, low), whole) in high.iter_mut().zip(&mut low).zip(whole) {
-                let top = whole.wrapping_add(64) >> 7;
-                (*high, *low) = (top as i8, whole.wrapping_sub(top << 7) as i8);
-            }
-            let from = high.as_chunks::<4>().0.iter().zip(low.as_chunks::<4>().0);
-            for ((high, low), to) in from.zip(to) {
-                (to[row], to[rows + row]) = (*high, *low);
-            }
-        }
-        Split::Words => {
-            for (four, to) in whole.as_chunks::<4>().0.iter().zip(to) {
-                for (part, at) in [row, rows + row].into_iter().enumerate() {
-                    let words = [four[part] as i16, four[part + 2] as i16];
-                    to[at] = bytemuck::cast(words);
-                }
-            }
-        }
-    }
-}
-
-/// Quantizes a batch of [`ManyActivations`].
-#[inline(always)]
-fn quantize_many(
-    x: &[f32],
-    cols: usize,
-    split: Split,
-    codes: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [f32],
-) {
-    let (rows, blocks) = (x.len() / cols, cols / BLOCK);
-    for (index, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
-        let (row, block) = (index / blocks, index % blocks);
-        let (whole, scale) = quantize_block(x);
-        scales[block * rows + row] = scale;
-        let [all, first, second] = values_of(half_sums(&whole), scale);
-        for (part, sum) in [all, first, second].into_iter().enumerate() {
-            sums[(3 * block + part) * rows + row] = sum;
-        }
-        place(
-            split,
-            &whole,
-            row,
-            rows,
-            &mut codes[2 * rows * BLOCK * block..][..2 * rows * BLOCK],
-        );
-    }
 }
 
 /// For each matrix, which has the `cols` columns of `x`, `out[r, o] = Σ x[r, k] · W[o, k]`.
@@ -483,13 +216,19 @@ pub fn matmul(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f32>> 
     // All matrices have kernels of the same instruction set.
     match weights.first().map(|weight| weight.kernels) {
         Some(kernels) if by_matrix_tiles(x, cols, kernels, &tiles) => (),
-        Some(Kernels { few, .. }) if rows < MANY => {
+        Some(kernels) if rows < MANY => {
             let mut quantized = QUANTIZED.take();
-            quantized.quantize(x, cols, few);
+            quantized.quantize(x, cols, kernels.quantize_few);
             few_rows(&quantized, &tiles);
             QUANTIZED.set(quantized);
         }
-        Some(Kernels { wide, .. }) => many_rows(&ManyActivations::quantize(x, cols, wide), &tiles),
+        Some(kernels) => {
+            let most = kernels.wide.multiply.len();
+            many_rows(
+                &ManyActivations::quantize(x, cols, most, kernels.quantize_many),
+                &tiles,
+            );
+        }
         None => (),
     }
     // SAFETY: the kernels have multiplied all tiles with all rows.
@@ -539,7 +278,7 @@ fn matmul_of_whole(x: &[f32], cols: usize, weights: &[&Int8Matrix]) -> Vec<Vec<f
     let (mut codes, mut scales) = (vec![0; cols], Vec::new());
     let mut whole = Vec::with_capacity(x.len());
     for x in x.chunks_exact(cols.max(1)) {
-        let (_, scale) = pulp::Arch::new().dispatch(|| whole::quantize_row(x, &mut codes));
+        let (_, scale) = whole::quantize_row(x, &mut codes);
         whole.extend(codes.iter().map(|code| f32::from(*code)));
         scales.push(scale);
     }
@@ -731,8 +470,12 @@ unsafe impl<T: Send> Send for Shared<T> {}
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use oxiformers_hub::checkpoint::gguf::GgmlType;
 
+    use super::activations::QuantizedBlock;
+    use super::simd::Split;
     use super::*;
     use crate::ggml::{GgmlRows, dequantize};
 
@@ -805,14 +548,18 @@ mod tests {
                         .map(|n| (n >> 8) as f32 / 8e6 - 1.0)
                         .take(batch * cols)
                         .collect();
-                    let quantized: Vec<_> = x.as_chunks().0.iter().map(quantize_block).collect();
+                    let quantize = |x| QuantizedBlock::new(x, Split::Bytes);
+                    let quantized: Vec<_> = x.as_chunks().0.iter().map(quantize).collect();
                     let code = |index: usize| {
-                        let (codes, scale) = &quantized[index / BLOCK];
-                        f64::from(codes[index % BLOCK]) * f64::from(*scale)
+                        let block = &quantized[index / BLOCK];
+                        let [high, low] = block
+                            .parts
+                            .map(|part| f64::from(part.as_flattened()[index % BLOCK]));
+                        (128.0 * high + low) * f64::from(block.scale)
                     };
                     for (index, x) in x.iter().enumerate() {
                         let error = f64::from(*x) - code(index);
-                        assert!(error.abs() <= 0.501 * f64::from(quantized[index / BLOCK].1));
+                        assert!(error.abs() <= 0.501 * f64::from(quantized[index / BLOCK].scale));
                     }
                     let expected = |value: &dyn Fn(usize) -> f64| -> Vec<(f64, f64)> {
                         let all = 0..batch * rows;

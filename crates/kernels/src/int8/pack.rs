@@ -75,15 +75,38 @@ impl Scratch {
                 scales.iter_mut().chain(mins).for_each(|value| *value /= power);
             }
         }
-        pulp::Arch::new().dispatch(|| self.place(plan, groups, to));
+        pulp::Arch::new().dispatch(Place {
+            scratch: self,
+            plan,
+            groups,
+            to,
+        });
     }
+}
+
+/// Puts codes, scales and shifts in their places in a tile.
+struct Place<'a> {
+    scratch: &'a Scratch,
+    plan: &'a Plan,
+    groups: usize,
+    to: &'a mut [u8],
+}
+
+impl pulp::WithSimd for Place<'_> {
+    type Output = ();
 
     #[inline(always)]
-    fn place(&self, plan: &Plan, groups: usize, to: &mut [u8]) {
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        let Self {
+            scratch,
+            plan,
+            groups,
+            to,
+        } = self;
         let kind = plan.kind;
         let arrays = [
-            Some(&self.scales),
-            (kind.shift != ShiftKind::Offset).then_some(&self.shifts),
+            Some(&scratch.scales),
+            (kind.shift != ShiftKind::Offset).then_some(&scratch.shifts),
         ];
         let column = |array: &[f32], group: usize| -> [f32; TILE] {
             std::array::from_fn(|row| array[row * groups + group])
@@ -104,7 +127,7 @@ impl Scratch {
             let (halves, tail) = tail.split_at_mut(kind.block_bytes() - kind.code_bytes());
             rest = tail;
             let rows: [[u32; BLOCK / 4]; TILE] = std::array::from_fn(|row| {
-                let from = &self.codes[(row * plan.blocks + block) * BLOCK..][..BLOCK];
+                let from = &scratch.codes[(row * plan.blocks + block) * BLOCK..][..BLOCK];
                 let from = from.as_chunks::<4>().0;
                 std::array::from_fn(|step| u32::from_le_bytes(from[step]))
             });

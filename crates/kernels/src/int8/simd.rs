@@ -6,6 +6,9 @@
 // Not every implementation needs all of it.
 #![allow(dead_code)]
 
+use super::BLOCK;
+use super::activations::QuantizedBlock;
+
 /// Sixteen lanes, each with an `i32` or four bytes, or an `f32`.
 ///
 /// # Safety
@@ -26,6 +29,11 @@ pub(super) trait Simd: Copy {
     /// Vectors that [`unpack`](Self::unpack) makes of one: 2 for [words](Split::Words), 1 for [bytes](Split::Bytes).
     const UNPACKED: usize = 2;
 
+    /// Quantizes a block as [`QuantizedBlock::new`] does.
+    #[inline(always)]
+    unsafe fn quantize(x: &[f32; BLOCK], split: Split) -> QuantizedBlock {
+        QuantizedBlock::new(x, split)
+    }
     unsafe fn load(from: *const u8) -> Self::Int;
     /// Asks for `len` bytes that lie `AHEAD` bytes after `from`, wherever that is.
     #[inline(always)]
@@ -188,7 +196,8 @@ pub(super) use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Simd, Split};
+    use super::{BLOCK, QuantizedBlock, Simd, Split};
+    use crate::int8::activations::scales;
 
     /// AVX-512 with VNNI (Ice Lake, Zen 4).
     #[derive(Clone, Copy)]
@@ -201,6 +210,38 @@ mod x86 {
         const MOST: usize = 8;
         const SPLIT: Split = Split::Bytes;
 
+        #[inline(always)]
+        unsafe fn quantize(x: &[f32; BLOCK], split: Split) -> QuantizedBlock {
+            if split != Split::Bytes {
+                return QuantizedBlock::new(x, split);
+            }
+            unsafe {
+                let (a, b) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x[16..].as_ptr()));
+                let sizes = (
+                    _mm512_castps_si512(_mm512_abs_ps(a)),
+                    _mm512_castps_si512(_mm512_abs_ps(b)),
+                );
+                let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(sizes.0, sizes.1));
+                let Some([inverse, scale]) = scales(f32::from_bits(largest)) else {
+                    return QuantizedBlock::NO_NUMBERS;
+                };
+                let mut parts = [[_mm_setzero_si128(); 2]; 2];
+                let mut sums = [0; 2];
+                for (half, x) in [a, b].into_iter().enumerate() {
+                    let whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+                    let top = _mm512_srai_epi32::<7>(_mm512_add_epi32(whole, _mm512_set1_epi32(64)));
+                    let low = _mm512_sub_epi32(whole, _mm512_slli_epi32::<7>(top));
+                    parts[0][half] = _mm512_cvtepi32_epi8(top);
+                    parts[1][half] = _mm512_cvtepi32_epi8(low);
+                    sums[half] = _mm512_reduce_add_epi32(whole);
+                }
+                QuantizedBlock {
+                    parts: std::mem::transmute(parts),
+                    sums,
+                    scale,
+                }
+            }
+        }
         #[inline(always)]
         unsafe fn prefetch<const AHEAD: usize>(from: *const u8, len: usize) {
             for at in (0..len).step_by(64) {

@@ -97,26 +97,37 @@ const fn step_bytes(split: Split) -> usize {
 
 /// The whole numbers that a row of activations becomes, their sum, and what 1 stands for: a 127th of the largest absolute
 /// value, which counts as 1e-5 at least. A row with infinities or what is no number becomes zeros that stand for no number.
-#[inline(always)]
 pub(super) fn quantize_row(x: &[f32], codes: &mut [i8]) -> (i32, f32) {
-    // As integers the bits of absolute values are ordered as the values are, infinity and NaN last.
-    let mut largest = 0u32;
-    for x in x {
-        largest = largest.max(x.to_bits() & 0x7FFF_FFFF);
+    struct Row<'a>(&'a [f32], &'a mut [i8]);
+
+    impl pulp::WithSimd for Row<'_> {
+        type Output = (i32, f32);
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) -> (i32, f32) {
+            let Self(x, codes) = self;
+            // As integers the bits of absolute values are ordered as the values are, infinity and NaN last.
+            let mut largest = 0u32;
+            for x in x {
+                largest = largest.max(x.to_bits() & 0x7FFF_FFFF);
+            }
+            let largest = f32::from_bits(largest);
+            if !largest.is_finite() {
+                codes.fill(0);
+                return (0, f32::NAN);
+            }
+            let scale = 127.0 / largest.max(1e-5);
+            let mut sum = 0;
+            for (code, x) in codes.iter_mut().zip(x) {
+                let whole = ((x * scale + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+                *code = whole as i8;
+                sum += whole;
+            }
+            (sum, 1.0 / scale)
+        }
     }
-    let largest = f32::from_bits(largest);
-    if !largest.is_finite() {
-        codes.fill(0);
-        return (0, f32::NAN);
-    }
-    let scale = 127.0 / largest.max(1e-5);
-    let mut sum = 0;
-    for (code, x) in codes.iter_mut().zip(x) {
-        let whole = ((x * scale + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-        *code = whole as i8;
-        sum += whole;
-    }
-    (sum, 1.0 / scale)
+
+    pulp::Arch::new().dispatch(Row(x, codes))
 }
 
 impl WholeActivations {
@@ -137,8 +148,7 @@ impl WholeActivations {
             let codes = &mut all.codes[first * row_bytes..(first + len) * row_bytes];
             for row in 0..len {
                 let x = &x[(first + row) * cols..][..cols];
-                (all.sums[first + row], all.scales[first + row]) =
-                    pulp::Arch::new().dispatch(|| quantize_row(x, &mut own));
+                (all.sums[first + row], all.scales[first + row]) = quantize_row(x, &mut own);
                 place(whole.split, &own, row, len, codes);
             }
         }

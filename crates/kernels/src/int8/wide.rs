@@ -4,10 +4,11 @@
 //! product where the kernels for few rows take two, or four, and nothing to unpack between them. Values of a table have 14
 //! of them: the sums of half a block fit 32 bits.
 
+use super::activations::{Batch, Quantized};
 use super::codes::{Shape, ShiftKind, WIDE};
 use super::kernel::step;
 use super::simd::{Simd, Split};
-use super::{BLOCK, Quantized, TILE, Tile};
+use super::{BLOCK, TILE, Tile};
 use crate::lines::{Line, make_room};
 
 /// Rows of activations from which on unpacking pays.
@@ -16,8 +17,6 @@ pub(super) const MANY: usize = 24;
 /// The kernels for many rows.
 #[derive(Clone, Copy)]
 pub(super) struct Wide {
-    /// How activations are taken.
-    pub split: Split,
     pub unpack: Unpack,
     /// For one row, for two, and so on.
     pub multiply: &'static [Multiply],
@@ -55,7 +54,6 @@ macro_rules! kernels {
 
             pub(in crate::int8) fn wide<K: Shape>() -> Wide {
                 Wide {
-                    split: if <$simd>::UNPACKED == 1 { Split::Bytes } else { Split::Words },
                     unpack: unpack::<K>,
                     multiply: match (groups::<$simd, K>(), parts::<$simd, K>(), has_mins::<K>()) {
                         (1, 1, false) => &[$(multiply::<1, 1, false, $m>),+],
@@ -66,6 +64,13 @@ macro_rules! kernels {
                         (_, _, _) => &[$(multiply::<2, 2, false, $m>),+],
                     },
                 }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            pub(in crate::int8) unsafe fn quantize(batch: Batch) {
+                let split = if <$simd>::UNPACKED == 1 { Split::Bytes } else { Split::Words };
+                // SAFETY: the caller's; the features are enabled here.
+                unsafe { batch.quantize::<$simd>(split) }
             }
 
             $(#[target_feature(enable = $features)])?
