@@ -1239,6 +1239,7 @@ fn what_cannot_be_quantized_is_said() {
     };
     fails(&tiny_gguf(), "gguf:Q9_X", &[], "Q4_K_M");
     fails(&tiny_gguf(), "zip", &[], "gguf:Q4_K_M");
+    fails(&tiny_gguf(), "nf4", &["--calibration", "text.txt"], "nf4 does not look");
     fails(
         &tiny_gguf(),
         "gguf:Q8_0",
