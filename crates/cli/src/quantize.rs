@@ -82,7 +82,7 @@ fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
         Dtype::Bf16 => Some(DType::BF16),
     };
     let recipe = recipe(args, name)?;
-    if args.calibration.calibration.is_some() && !recipe.config.is_calibrated() {
+    if args.calibration.text.is_some() && !recipe.config.is_calibrated() {
         bail!("--calibration is for gptq, awq and gguf:TYPE; {name} does not look at it");
     }
     let plan = QuantizePlan::new(&files, recipe.clone(), dtype)?;

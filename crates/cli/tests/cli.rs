@@ -1239,7 +1239,12 @@ fn what_cannot_be_quantized_is_said() {
     };
     fails(&tiny_gguf(), "gguf:Q9_X", &[], "Q4_K_M");
     fails(&tiny_gguf(), "zip", &[], "gguf:Q4_K_M");
-    fails(&tiny_gguf(), "nf4", &["--calibration", "text.txt"], "nf4 does not look");
+    fails(
+        &tiny_gguf(),
+        "nf4",
+        &["--calibration", "text.txt"],
+        "nf4 does not look",
+    );
     fails(
         &tiny_gguf(),
         "gguf:Q8_0",
@@ -1289,7 +1294,11 @@ fn what_is_no_number_is_named_once() {
     let text = tiny.path().join("text.txt");
     std::fs::write(&text, "hello world hello").unwrap();
     let mut command = oxiformers();
-    let command = command.arg("perplexity").arg(tiny.path()).arg("--text").arg(&text);
+    let command = command
+        .arg("perplexity")
+        .arg(tiny.path())
+        .arg("--text")
+        .arg(&text);
     let failed = command.args(["--quantize", "nf4"]).assert().failure();
     let name = tiny.path().to_str().unwrap();
     failed.stderr(contains("is NaN").count(1).and(contains(name).count(1)));

@@ -208,7 +208,9 @@ impl CacheConfig {
             Some(8) => Some(CodeBits::Eight),
             Some(16) => None,
             Some(other) => {
-                return fail(format!("has residual_nbits {other}; it is 8, or 16 for half precision"));
+                return fail(format!(
+                    "has residual_nbits {other}; it is 8, or 16 for half precision"
+                ));
             }
         };
         Ok(CachePrecision::Quantized(QuantizedCacheConfig {

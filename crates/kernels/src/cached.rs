@@ -392,7 +392,10 @@ impl PackedRows {
     pub fn values(&self, tokens: Range<usize>) -> Option<Tensor<4>> {
         let buffers = self.buffers.as_ref().filter(|_| !tokens.is_empty())?;
         let Some(held) = Held::packed(self) else {
-            return Some(self.values_by_tensors(buffers).narrow(2, tokens.start, tokens.len()));
+            return Some(
+                self.values_by_tensors(buffers)
+                    .narrow(2, tokens.start, tokens.len()),
+            );
         };
         let (device, rows) = (buffers.codes.device(), Cached(vec![held.rows()]));
         let mut shape = rows.dims();
@@ -518,8 +521,7 @@ pub fn cached_attention(
     options: AttentionOptions,
 ) -> Tensor<3> {
     let dtype = q.dtype();
-    let is_computed =
-        |x: &CachedRows| matches!(x.0.as_slice(), [CachedPart::Dense(x)] if x.dtype() == dtype);
+    let is_computed = |x: &CachedRows| matches!(x.0.as_slice(), [CachedPart::Dense(x)] if x.dtype() == dtype);
     if !(is_computed(&k) && is_computed(&v))
         && bias.is_plain()
         && let (Some(k), Some(v)) = (Held::new(&k), Held::new(&v))
@@ -793,7 +795,11 @@ mod tests {
                             true => {
                                 let bits = CodeBits::Eight;
                                 let axis = GroupAxis::Token;
-                                let mut rows = PackedRows::new(RowFormat { bits, group: 32, axis });
+                                let mut rows = PackedRows::new(RowFormat {
+                                    bits,
+                                    group: 32,
+                                    axis,
+                                });
                                 rows.append(x, 0);
                                 packed(rows)
                             }

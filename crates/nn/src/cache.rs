@@ -300,7 +300,9 @@ impl Cache {
             source.select(rows);
         }
         for layer in &mut self.layers {
-            let Some(device) = layer.recent[0].device() else { continue };
+            let Some(device) = layer.recent[0].device() else {
+                continue;
+            };
             let ids = row_ids(rows, &device);
             for packed in layer.packed.iter_mut().flat_map(|packed| &mut packed.rows) {
                 packed.select(ids.clone());
@@ -794,10 +796,7 @@ mod tests {
     /// Where the values of a quantized cache begin to be the floats that they were, and how many there are.
     fn packed(cache: &Cache, layer: usize) -> [usize; 2] {
         let layer = &cache.layers[layer];
-        [
-            layer.start + layer.num_packed(),
-            layer.start + layer.len,
-        ]
+        [layer.start + layer.num_packed(), layer.start + layer.len]
     }
 
     #[test]

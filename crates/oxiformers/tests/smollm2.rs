@@ -169,7 +169,12 @@ fn a_quantized_cache_predicts_as_well() {
         // Of 1,974 tokens the last 118 are not packed; there is room for 128.
         ("int8", packed(CodeBits::Eight, None), 1.001, 0.57),
         ("int4", packed(CodeBits::Four, None), 1.01, 0.33),
-        ("int4 throughout", packed(CodeBits::Four, Some(CodeBits::Eight)), 1.01, 0.3),
+        (
+            "int4 throughout",
+            packed(CodeBits::Four, Some(CodeBits::Eight)),
+            1.01,
+            0.3,
+        ),
     ] {
         let ours = measure(precision);
         let ratio = (ours.nll - full.nll).exp();
