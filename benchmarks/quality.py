@@ -65,6 +65,8 @@ class Bench:
 
         output = self.work / "llama.cpp.gguf"
         if not output.exists():
+            log = llama_cpp.llama_log_callback(lambda *_: None)
+            llama_cpp.llama_log_set(log, ctypes.c_void_p())
             params = llama_cpp.llama_model_quantize_default_params()
             params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, os.cpu_count()
             names = [str(path).encode() for path in (self.base(), output)]
@@ -82,6 +84,8 @@ class Bench:
             model = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32).eval()
             with torch.no_grad():
                 change(model)
+            # Dequantized as it is, it is not to count as a GGUF.
+            model.hf_quantizer, model.config.quantization_config = None, None
             model.save_pretrained(output)
             # Transformers' own conversion of this tokenizer does not split digits.
             shutil.copy(self.folder() / "tokenizer.json", output)

@@ -54,10 +54,21 @@ fn main() -> ExitCode {
         // A reader that has seen enough, as `head` does, is no failure.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", described(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// What went wrong and why, but for what was said already: some errors tell their causes themselves.
+fn described(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -82,6 +82,9 @@ fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
         Dtype::Bf16 => Some(DType::BF16),
     };
     let recipe = recipe(args, name)?;
+    if args.calibration.text.is_some() && !recipe.config.is_calibrated() {
+        bail!("--calibration is for gptq, awq and gguf:TYPE; {name} does not look at it");
+    }
     let plan = QuantizePlan::new(&files, recipe.clone(), dtype)?;
     let tensors: Vec<PlannedTensor> = plan.tensors().collect();
     let after: usize = tensors.iter().map(|tensor| tensor.num_bytes).sum();
@@ -98,6 +101,7 @@ fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
         writeln!(out, "{sizes}")?;
         return Ok(());
     };
+    let is_new = !output.exists();
     let occupied = output.is_dir() && std::fs::read_dir(output)?.next().is_some();
     if (occupied || output.is_file()) && !args.force {
         bail!(
@@ -122,6 +126,10 @@ fn folder(args: &QuantizeArgs, name: &str) -> anyhow::Result<()> {
         None => plan.write(output, args.max_shard_size, told),
     };
     bar.finish_and_clear();
+    if done.is_err() && is_new {
+        // Nothing is left in it; if it cannot be removed, that is not what went wrong.
+        let _ = std::fs::remove_dir(output);
+    }
     done?;
     interrupt::unwatch();
     if let Some(calibrated) = calibrated {

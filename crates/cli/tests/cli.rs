@@ -1241,6 +1241,12 @@ fn what_cannot_be_quantized_is_said() {
     fails(&tiny_gguf(), "zip", &[], "gguf:Q4_K_M");
     fails(
         &tiny_gguf(),
+        "nf4",
+        &["--calibration", "text.txt"],
+        "nf4 does not look",
+    );
+    fails(
+        &tiny_gguf(),
         "gguf:Q8_0",
         &["--tensor-type", "attn_q"],
         "PART=TYPE",
@@ -1264,6 +1270,38 @@ fn what_cannot_be_quantized_is_said() {
         .assert()
         .failure()
         .stderr(contains("none"));
+}
+
+#[test]
+fn what_is_no_number_is_named_once() {
+    let tiny = tiny_model();
+    let path = tiny.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
+    let module = "model.layers.0.mlp.up_proj";
+    let start = &header[format!("{module}.weight")]["data_offsets"][0];
+    let first = 8 + len + start.as_u64().unwrap() as usize;
+    bytes[first..first + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+
+    let output = tiny.path().join("nf4");
+    let mut command = quantize(tiny.path(), "nf4");
+    let failed = command.arg("--output").arg(&output).assert().failure();
+    failed.stderr(contains(module).and(contains("row 0, column 0 is NaN")));
+    assert!(!output.exists());
+
+    let text = tiny.path().join("text.txt");
+    std::fs::write(&text, "hello world hello").unwrap();
+    let mut command = oxiformers();
+    let command = command
+        .arg("perplexity")
+        .arg(tiny.path())
+        .arg("--text")
+        .arg(&text);
+    let failed = command.args(["--quantize", "nf4"]).assert().failure();
+    let name = tiny.path().to_str().unwrap();
+    failed.stderr(contains("is NaN").count(1).and(contains(name).count(1)));
 }
 
 #[cfg(unix)]

@@ -123,8 +123,8 @@ pub struct GenerationConfig {
 /// How a quantized cache is packed, with the names and defaults of Transformers' `QuantizedCache`. Other fields have no
 /// effect.
 ///
-/// The latest `residual_length` tokens stay in half precision; others are packed in blocks of `q_group_size` tokens, each
-/// once. Layers with a sliding window and mixtures of layers are packed, too.
+/// Up to `residual_length` of the latest tokens stay in more bits; where they would become more, the oldest `q_group_size`
+/// of them are packed, each once. Layers with a sliding window and mixtures of layers are packed, too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CacheConfig {
@@ -141,8 +141,12 @@ pub struct CacheConfig {
     pub axis_value: Option<i64>,
     /// Values that share a scale and a minimum.
     pub q_group_size: usize,
-    /// So many of the latest tokens are not packed.
+    /// Most of the latest tokens that are not packed.
     pub residual_length: usize,
+    /// Bits of these: 8, or 16 for half precision. Without it, 8, but 16 where `nbits` is 8. Transformers has no such
+    /// field, and keeps them as the model computes them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual_nbits: Option<usize>,
 }
 
 impl Default for CacheConfig {
@@ -154,6 +158,7 @@ impl Default for CacheConfig {
             axis_value: None,
             q_group_size: 64,
             residual_length: 128,
+            residual_nbits: None,
         }
     }
 }
@@ -197,12 +202,24 @@ impl CacheConfig {
         if self.q_group_size == 0 {
             return fail("has q_group_size 0, and a group has one value at least".to_string());
         }
+        let defaults = QuantizedCacheConfig::new(bits);
+        let residual_bits = match self.residual_nbits {
+            None => defaults.residual_bits,
+            Some(8) => Some(CodeBits::Eight),
+            Some(16) => None,
+            Some(other) => {
+                return fail(format!(
+                    "has residual_nbits {other}; it is 8, or 16 for half precision"
+                ));
+            }
+        };
         Ok(CachePrecision::Quantized(QuantizedCacheConfig {
             bits,
             group_size: self.q_group_size,
             residual_length: self.residual_length,
-            key_axis: axis("axis_key", self.axis_key, GroupAxis::Channel)?,
-            value_axis: axis("axis_value", self.axis_value, GroupAxis::Token)?,
+            residual_bits,
+            key_axis: axis("axis_key", self.axis_key, defaults.key_axis)?,
+            value_axis: axis("axis_value", self.axis_value, defaults.value_axis)?,
         }))
     }
 }
@@ -541,6 +558,7 @@ mod tests {
             "axis_value -1",
         );
         fails(cache(json!({"residual_length": -1})), "generation_config.json");
+        fails(cache(json!({"residual_nbits": 4})), "residual_nbits 4");
         fails(json!({"repetition_penalty": 0.0}), "repetition_penalty");
         fails(json!({"eos_token_id": "x"}), "generation_config.json");
         GenerationConfig::default().validate().unwrap();
@@ -567,6 +585,12 @@ mod tests {
                 (GroupAxis::Token, GroupAxis::Channel)
             );
         }
+        let residual = |json: Value| packed(json).residual_bits;
+        assert_eq!(residual(json!({"residual_nbits": 16})), None);
+        let eight = Some(CodeBits::Eight);
+        assert_eq!(residual(json!({"nbits": 8, "residual_nbits": 8})), eight);
+        assert_eq!(residual(json!({"nbits": 2})), eight);
+        assert_eq!(residual(json!({"nbits": 8})), None);
         let half = json!({"cache_implementation": "quantized", "cache_config": {"nbits": 16}});
         assert_eq!(precision(half), CachePrecision::F16);
         assert_eq!(

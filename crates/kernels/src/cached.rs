@@ -5,17 +5,24 @@
 //! 2024, "KIVI"): `value = code · scale + minimum`. A group is either a channel within a block, which suits keys, whose
 //! outliers keep to their channels, or some neighbouring channels of one token, which suits values.
 
+use std::ops::Range;
+
 use burn::backend::flex::FlexTensor;
 use burn::tensor::kind::Basic;
-use burn::tensor::{DType, FloatDType, Int, IntDType, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, IntDType, Shape, Tensor, TensorData};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use pulp::Simd;
 
 use crate::attention::{self, AttentionOptions, Mask, ScoreBias, attention};
-use crate::flash::{Cached, Packed, View};
+use crate::flash::{Cached, Packed, Part, Rows, View};
 use crate::flex::{self, zeros_like};
 
 pub(crate) mod codes;
+
+/// Room for codes grows by so many tokens: little, because that is all that stands empty, and copying them all for each
+/// block that comes costs less than it takes to attend to them once.
+const STEP: usize = 16;
 
 /// Bits of a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -280,7 +287,7 @@ impl PackedRows {
     }
 
     /// Packs `x` `[batch, heads, tokens, dim]` after what there is. Where buffers must grow, they get room for `room`
-    /// tokens.
+    /// tokens, or little more than there are.
     pub fn append(&mut self, x: Tensor<4>, room: usize) {
         let [_, _, tokens, dim] = x.dims();
         if tokens == 0 {
@@ -289,21 +296,19 @@ impl PackedRows {
         self.dim = dim;
         let (len, rows) = (self.len(), self.statistics_rows());
         let new = self.format.quantize(halved(x));
+        let room = (len + tokens).next_multiple_of(STEP).max(room);
         let statistics_room = match self.format.axis {
             GroupAxis::Channel => room.div_ceil(self.format.group),
             GroupAxis::Token => room,
         };
-        self.buffers = Some(match self.buffers.take() {
-            None => Buffers {
-                codes: put(None, 0, new.codes, room),
-                scales: put(None, 0, new.scales, statistics_room),
-                minimums: put(None, 0, new.minimums, statistics_room),
-            },
-            Some(old) => Buffers {
-                codes: put(Some(old.codes), len, new.codes, room),
-                scales: put(Some(old.scales), rows, new.scales, statistics_room),
-                minimums: put(Some(old.minimums), rows, new.minimums, statistics_room),
-            },
+        let (codes, scales, minimums) = match self.buffers.take() {
+            None => (None, None, None),
+            Some(old) => (Some(old.codes), Some(old.scales), Some(old.minimums)),
+        };
+        self.buffers = Some(Buffers {
+            codes: put(codes, len, new.codes, room),
+            scales: put(scales, rows, new.scales, statistics_room),
+            minimums: put(minimums, rows, new.minimums, statistics_room),
         });
         self.ends
             .extend(blocks(tokens, self.format.group).iter().map(|end| len + end));
@@ -315,25 +320,25 @@ impl PackedRows {
         blocks.checked_sub(1).map_or(0, |block| self.ends[block])
     }
 
-    /// Forgets the first tokens, up to a [`block_end`](Self::block_end).
+    /// Forgets the first tokens and the room that there was.
     pub fn drop_front(&mut self, tokens: usize) {
-        let blocks = self.ends.partition_point(|end| *end <= tokens);
-        if blocks == 0 {
+        if tokens == 0 {
             return;
         }
-        let first = self.ends[blocks - 1];
+        let blocks = self.ends.partition_point(|end| *end <= tokens);
         let rows = match self.format.axis {
             GroupAxis::Channel => blocks,
-            GroupAxis::Token => first,
+            GroupAxis::Token => tokens,
         };
         let (len, all) = (self.len(), self.statistics_rows());
-        self.buffers = self.buffers.take().map(|buffers| Buffers {
-            codes: moved(buffers.codes, first..len),
-            scales: moved(buffers.scales, rows..all),
-            minimums: moved(buffers.minimums, rows..all),
+        let buffers = self.buffers.take().filter(|_| tokens < len);
+        self.buffers = buffers.map(|buffers| Buffers {
+            codes: copied(buffers.codes, tokens..len),
+            scales: copied(buffers.scales, rows..all),
+            minimums: copied(buffers.minimums, rows..all),
         });
         self.ends.drain(..blocks);
-        self.ends.iter_mut().for_each(|end| *end -= first);
+        self.ends.iter_mut().for_each(|end| *end -= tokens);
     }
 
     /// Forgets what comes after the first `len` tokens. Others keep their codes, also within a block.
@@ -346,6 +351,16 @@ impl PackedRows {
         if self.len() < len {
             self.ends.push(len);
         }
+    }
+
+    /// Forgets all rows and the room for them.
+    pub fn clear(&mut self) {
+        *self = Self::new(self.format);
+    }
+
+    /// Where the rows are; `None` where there are none yet.
+    pub fn device(&self) -> Option<Device> {
+        self.buffers.as_ref().map(|buffers| buffers.codes.device())
     }
 
     /// Keeps the sequences `rows`, in that order.
@@ -370,7 +385,27 @@ impl PackedRows {
 
     /// The values as f32: `[batch, heads, tokens, dim]`; `None` where there are no tokens.
     pub fn dequantize(&self) -> Option<Tensor<4>> {
-        let buffers = self.buffers.as_ref().filter(|_| !self.is_empty())?;
+        self.values(0..self.len())
+    }
+
+    /// Those of some of the tokens; `None` where these are none.
+    pub fn values(&self, tokens: Range<usize>) -> Option<Tensor<4>> {
+        let buffers = self.buffers.as_ref().filter(|_| !tokens.is_empty())?;
+        let Some(held) = Held::packed(self) else {
+            return Some(
+                self.values_by_tensors(buffers)
+                    .narrow(2, tokens.start, tokens.len()),
+            );
+        };
+        let (device, rows) = (buffers.codes.device(), Cached(vec![held.rows()]));
+        let mut shape = rows.dims();
+        shape[2] = tokens.len();
+        let values = pulp::Arch::new().dispatch(Decode(&rows, tokens));
+        Some(Tensor::from_data(TensorData::new(values, shape), &device))
+    }
+
+    /// All of them, on every device.
+    fn values_by_tensors(&self, buffers: &Buffers) -> Tensor<4> {
         let codes = buffers.codes.clone().narrow(2, 0, self.len());
         let codes = self.format.unpack(codes, self.dim);
         let statistics = |x: &Tensor<4>| {
@@ -378,7 +413,7 @@ impl PackedRows {
             self.format.spread(x.cast(FloatDType::F32), &self.ends, self.dim)
         };
         let codes: Tensor<4> = codes.cast(FloatDType::F32);
-        Some(codes * statistics(&buffers.scales) + statistics(&buffers.minimums))
+        codes * statistics(&buffers.scales) + statistics(&buffers.minimums)
     }
 
     /// Rows of statistics that count.
@@ -390,7 +425,28 @@ impl PackedRows {
     }
 }
 
-/// Writes `new` after the first `used` rows of a buffer, which grows where it must, at least to `room`.
+/// Some rows of all sequences and heads, as f32.
+struct Decode<'a>(&'a Cached<'a>, Range<usize>);
+
+impl pulp::WithSimd for Decode<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+        let Self(rows, range) = self;
+        let [batch, heads, _, dim] = rows.dims();
+        // With two numbers for each channel besides.
+        let mut tile = vec![0.0; (range.len() + 2) * dim];
+        let mut values = Vec::with_capacity(batch * heads * range.len() * dim);
+        for index in 0..batch * heads {
+            let at = [index / heads, index % heads];
+            values.extend_from_slice(rows.read(simd, at, range.clone(), &mut tile).values);
+        }
+        values
+    }
+}
+
+/// Writes `new` after the first `used` rows of a buffer; where it is too small, into one with `room`.
 fn put<K: Basic>(buffer: Option<Tensor<4, K>>, used: usize, new: Tensor<4, K>, room: usize) -> Tensor<4, K> {
     let [batch, heads, rows, width] = new.dims();
     let needed = used + rows;
@@ -398,12 +454,7 @@ fn put<K: Basic>(buffer: Option<Tensor<4, K>>, used: usize, new: Tensor<4, K>, r
         Some(buffer) if buffer.dims()[2] >= needed => buffer,
         None if room <= rows => return new,
         old => {
-            let capacity = match old {
-                // A quarter more, so that appending stays cheap on average.
-                Some(_) => needed + needed / 4,
-                None => needed,
-            };
-            let shape = [batch, heads, capacity.max(room), width];
+            let shape = [batch, heads, room.max(needed), width];
             let buffer = zeros_like(&new, shape);
             match old {
                 Some(old) if used > 0 => write(buffer, 0, old.narrow(2, 0, used)),
@@ -414,12 +465,11 @@ fn put<K: Basic>(buffer: Option<Tensor<4, K>>, used: usize, new: Tensor<4, K>, r
     write(buffer, used, new)
 }
 
-/// The `rows` of a buffer at the beginning of one as large.
-fn moved<K: Basic>(buffer: Tensor<4, K>, rows: std::ops::Range<usize>) -> Tensor<4, K> {
-    let empty = zeros_like(&buffer, buffer.dims());
-    if rows.is_empty() {
-        return empty;
-    }
+/// Some rows of a buffer in one of their own.
+fn copied<K: Basic>(buffer: Tensor<4, K>, rows: Range<usize>) -> Tensor<4, K> {
+    let [batch, heads, _, width] = buffer.dims();
+    let shape = [batch, heads, rows.len(), width];
+    let empty = zeros_like(&buffer, shape);
     write(empty, 0, buffer.narrow(2, rows.start, rows.len()))
 }
 
@@ -428,24 +478,36 @@ fn write<K: Basic>(buffer: Tensor<4, K>, at: usize, rows: Tensor<4, K>) -> Tenso
     buffer.slice_assign([0..batch, 0..heads, at..at + len, 0..width], rows)
 }
 
-/// Keys or values `[batch, heads, tokens, dim]` as a cache keeps them.
+/// Keys or values `[batch, heads, tokens, dim]` as a cache keeps them: parts, the tokens of one after those of another.
 #[derive(Debug, Clone)]
-pub enum CachedRows {
+pub struct CachedRows(pub Vec<CachedPart>);
+
+/// Some of its tokens, one at least.
+#[derive(Debug, Clone)]
+pub enum CachedPart {
     /// As floats, which need not be those that a model computes with.
     Dense(Tensor<4>),
-    /// The first tokens as codes, one at least; the last ones as floats.
-    Packed(PackedRows, Tensor<4>),
+    /// As codes.
+    Packed(PackedRows),
+}
+
+impl From<Tensor<4>> for CachedRows {
+    fn from(x: Tensor<4>) -> Self {
+        Self(vec![CachedPart::Dense(x)])
+    }
 }
 
 impl CachedRows {
     /// As floats of `dtype`.
     pub fn dense(self, dtype: DType) -> Tensor<4> {
-        match self {
-            Self::Dense(x) => x.cast(dtype),
-            Self::Packed(packed, recent) => match packed.dequantize() {
-                Some(past) => Tensor::cat(vec![past.cast(dtype), recent.cast(dtype)], 2),
-                None => recent.cast(dtype),
-            },
+        let dense = |part| match part {
+            CachedPart::Dense(x) => Some(x.cast(dtype)),
+            CachedPart::Packed(packed) => packed.dequantize().map(|x| x.cast(dtype)),
+        };
+        let mut parts: Vec<_> = self.0.into_iter().filter_map(dense).collect();
+        match parts.len() {
+            1 => parts.remove(0),
+            _ => Tensor::cat(parts, 2),
         }
     }
 }
@@ -459,13 +521,14 @@ pub fn cached_attention(
     options: AttentionOptions,
 ) -> Tensor<3> {
     let dtype = q.dtype();
-    let is_computed = |x: &CachedRows| matches!(x, CachedRows::Dense(x) if x.dtype() == dtype);
+    let is_computed = |x: &CachedRows| matches!(x.0.as_slice(), [CachedPart::Dense(x)] if x.dtype() == dtype);
     if !(is_computed(&k) && is_computed(&v))
         && bias.is_plain()
         && let (Some(k), Some(v)) = (Held::new(&k), Held::new(&v))
         && let Ok(q) = flex::unwrap(q.clone())
     {
-        return attention::flash(&flex::dense_rows(q), [k.rows(), v.rows()], bias, mask, options);
+        let rows = [&k, &v].map(|parts| Cached(parts.iter().map(Held::rows).collect()));
+        return attention::flash(&flex::dense_rows(q), rows, bias, mask, options);
     }
     let [k, v] = [k, v].map(|x| x.dense(dtype));
     attention([q, k, v], mask, bias, options)
@@ -479,44 +542,42 @@ enum Held<'a> {
         codes: FlexTensor,
         scales: FlexTensor,
         minimums: FlexTensor,
-        recent: FlexTensor,
     },
 }
 
 impl<'a> Held<'a> {
-    /// None where rows are elsewhere, or not in half precision.
-    fn new(rows: &'a CachedRows) -> Option<Self> {
-        let half =
-            |x: &Tensor<4>| flex::of_dtype(x.clone().into_dispatch(), DType::F16).map(flex::dense_rows);
-        match rows {
-            CachedRows::Dense(x) => half(x).map(Self::Half),
-            CachedRows::Packed(rows, recent) => {
-                let buffers = rows.buffers.as_ref()?;
-                let codes = flex::of_dtype(buffers.codes.clone().into_dispatch(), DType::I32)?;
-                Some(Self::Packed {
-                    rows,
-                    codes: flex::contiguous(codes),
-                    scales: half(&buffers.scales)?,
-                    minimums: half(&buffers.minimums)?,
-                    recent: half(recent)?,
-                })
-            }
-        }
+    /// None where rows are elsewhere, or neither codes nor in half precision.
+    fn new(rows: &'a CachedRows) -> Option<Vec<Self>> {
+        let part = |part: &'a CachedPart| match part {
+            CachedPart::Dense(x) => half(x).map(Self::Half),
+            CachedPart::Packed(rows) => Self::packed(rows),
+        };
+        rows.0.iter().map(part).collect()
     }
 
-    fn rows(&self) -> Cached<'_> {
+    fn packed(rows: &'a PackedRows) -> Option<Self> {
+        let buffers = rows.buffers.as_ref()?;
+        let codes = flex::of_dtype(buffers.codes.clone().into_dispatch(), DType::I32)?;
+        Some(Self::Packed {
+            rows,
+            codes: flex::contiguous(codes),
+            scales: half(&buffers.scales)?,
+            minimums: half(&buffers.minimums)?,
+        })
+    }
+
+    fn rows(&self) -> Part<'_> {
         match self {
-            Self::Half(x) => Cached::Half(halves(x)),
+            Self::Half(x) => Part::Half(halves(x)),
             Self::Packed {
                 rows,
                 codes,
                 scales,
                 minimums,
-                recent,
             } => {
                 let words = flex::view_of::<i32>(codes);
                 let [batch, heads, _, width] = words.dims;
-                Cached::Packed(Packed {
+                Part::Packed(Packed {
                     codes: View {
                         values: bytemuck::cast_slice(words.values),
                         dims: [batch, heads, rows.len(), 4 * width],
@@ -526,11 +587,16 @@ impl<'a> Held<'a> {
                     minimums: halves(minimums),
                     ends: &rows.ends,
                     format: rows.format,
-                    recent: halves(recent),
+                    dim: rows.dim,
                 })
             }
         }
     }
+}
+
+/// Half precision on the CPU.
+fn half(x: &Tensor<4>) -> Option<FlexTensor> {
+    flex::of_dtype(x.clone().into_dispatch(), DType::F16).map(flex::dense_rows)
 }
 
 fn halves(x: &FlexTensor) -> View<'_, u16> {
@@ -544,8 +610,6 @@ fn halves(x: &FlexTensor) -> View<'_, u16> {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
-
     use super::*;
     use crate::Visible;
     use crate::testing::{noise, worst};
@@ -590,6 +654,8 @@ mod tests {
             let mut rows = PackedRows::new(format);
             rows.append(x.clone(), 0);
             let y = rows.dequantize().unwrap();
+            let reference = rows.values_by_tensors(rows.buffers.as_ref().unwrap());
+            assert_eq!(values(&y), values(&reference), "{format:?}");
             // Values lie between -1 and 1; scales are rounded to 11 bits.
             let step = 2.0 / ((1 << format.bits as usize) - 1) as f32;
             assert!(
@@ -676,8 +742,15 @@ mod tests {
                 assert_eq!((first, ours.block_end(format.group - 1)), (2 * format.group, 0));
                 ours.drop_front(first);
                 let expected = expected.narrow(2, first, len - first);
-                assert_eq!(worst(ours.dequantize().unwrap(), expected), 0.0);
+                assert_eq!(worst(ours.dequantize().unwrap(), expected.clone()), 0.0);
                 assert_eq!(ours.block_end(3), 3);
+                // Within a block.
+                ours.drop_front(2);
+                let expected = expected.narrow(2, 2, len - first - 2);
+                assert_eq!(worst(ours.dequantize().unwrap(), expected.clone()), 0.0);
+                let some = ours.values(1..format.group).unwrap();
+                assert_eq!(worst(some, expected.narrow(2, 1, format.group - 1)), 0.0);
+                assert_eq!(ours.block_end(3), 1);
                 ours.truncate(0);
                 assert!(ours.is_empty() && ours.dequantize().is_none());
                 ours.append(noise(9, [3, 2, 1, 24]), 0);
@@ -714,7 +787,23 @@ mod tests {
                     let keys = past.len() + recent;
                     let last =
                         |seed, dim| halved(noise(seed, [2, kv_heads, recent + 3, dim])).narrow(2, 1, recent);
+                    let packed = CachedPart::Packed;
                     for extras in [false, true] {
+                        // The latest tokens in half precision, or in 8 bits.
+                        let window = |x: Tensor<4>| match extras {
+                            false => CachedPart::Dense(x),
+                            true => {
+                                let bits = CodeBits::Eight;
+                                let axis = GroupAxis::Token;
+                                let mut rows = PackedRows::new(RowFormat {
+                                    bits,
+                                    group: 32,
+                                    axis,
+                                });
+                                rows.append(x, 0);
+                                packed(rows)
+                            }
+                        };
                         let mask = Mask::new(Visible::Causal {
                             first_key: 2,
                             first_query: 2 + keys - seq,
@@ -736,9 +825,10 @@ mod tests {
                         };
                         let q = noise(9, [2, seq, heads, dim]).swap_dims(1, 2);
                         let kv = [
-                            CachedRows::Packed(past.clone(), last(7, dim)),
-                            CachedRows::Packed(past_values.clone(), last(8, value_dim)),
+                            [packed(past.clone()), window(last(7, dim))],
+                            [packed(past_values.clone()), window(last(8, value_dim))],
                         ];
+                        let kv = kv.map(|parts| CachedRows(parts.to_vec()));
                         assert!(kv.iter().all(|rows| Held::new(rows).is_some()));
                         let dense = kv.clone().map(|rows| rows.dense(DType::F32));
                         let [k, v] = dense.clone();
@@ -746,7 +836,7 @@ mod tests {
                         let ours = cached_attention(q.clone(), kv, &mask, bias(), options);
                         assert!(worst(ours, expected) < 1e-5, "{format:?}");
 
-                        let halves = dense.map(|x| CachedRows::Dense(halved(x)));
+                        let halves = dense.map(|x| CachedRows::from(halved(x)));
                         let [k, v] = halves.clone().map(|x| x.dense(DType::F32));
                         let expected = attention([q.clone(), k, v], &mask, bias(), options);
                         let ours = cached_attention(q, halves, &mask, bias(), options);

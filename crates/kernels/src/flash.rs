@@ -20,7 +20,7 @@ mod rows;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles;
 
-pub(crate) use rows::{Cached, Packed, Rows};
+pub(crate) use rows::{Cached, Packed, Part, Rows};
 use rows::{Lines, Vectors};
 
 /// Where there are none.

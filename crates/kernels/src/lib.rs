@@ -32,7 +32,7 @@ pub mod threads;
 pub use activation::Activation;
 pub use attention::{AttentionOptions, Mask, ScoreBias, Visible, attention};
 pub use backward::{rows, split};
-pub use cached::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, cached_attention};
+pub use cached::{CachedPart, CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, cached_attention};
 pub use cross_entropy::{CrossEntropyOptions, LabelError, cross_entropy};
 pub use dropout::Dropout;
 pub use flex::zeros_like;

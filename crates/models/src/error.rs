@@ -7,7 +7,7 @@ pub enum Error {
     #[error(transparent)]
     Hub(#[from] oxiformers_hub::Error),
     /// A parameter or a field of the configuration does not fit.
-    #[error("{model}: {source}")]
+    #[error("{}", named(model, source))]
     Model {
         /// The model.
         model: String,
@@ -76,6 +76,15 @@ pub enum Error {
     /// What a model is given does not fit it.
     #[error(transparent)]
     Input(#[from] oxiformers_nn::Error),
+}
+
+/// A failure with the name of the model, which failures of checkpoints begin with.
+fn named(model: &str, error: &oxiformers_nn::Error) -> String {
+    let text = error.to_string();
+    match text.strip_prefix(model) {
+        Some(rest) if rest.starts_with([':', '/']) => text,
+        _ => format!("{model}: {text}"),
+    }
 }
 
 impl Error {

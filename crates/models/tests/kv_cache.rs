@@ -117,6 +117,7 @@ fn codes_are_attended_to_as_if_they_were_dequantized() {
             let other = QuantizedCacheConfig {
                 group_size: 5,
                 residual_length: 0,
+                residual_bits: None,
                 key_axis: GroupAxis::Token,
                 value_axis: GroupAxis::Channel,
                 ..small(bits)

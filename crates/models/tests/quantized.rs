@@ -262,6 +262,15 @@ fn shapes_that_no_block_divides() {
         error.contains("blocks") && error.contains("mlp.down_proj"),
         "{error}"
     );
+    let options = LoadOptions {
+        quantization: Some(Arc::new(fp8(128))),
+        ..LoadOptions::default()
+    };
+    let error = AutoModelForCausalLM::from_files(&llama, &options)
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(error.contains("no module is quantized"), "{error}");
 }
 
 #[test]

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use oxiformers_kernels::cached::halved;
-use oxiformers_kernels::{CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, zeros_like};
+use oxiformers_kernels::{CachedPart, CachedRows, CodeBits, GroupAxis, PackedRows, RowFormat, zeros_like};
+
+/// The buffer of the latest tokens of a quantized cache grows by so many: there is little to copy.
+const STEP: usize = 16;
 
 /// How a cache keeps what it has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,8 +36,9 @@ pub enum CachePrecision {
     Quantized(QuantizedCacheConfig),
 }
 
-/// Numbers of a quantized cache (Liu et al., 2024, "KIVI"). The latest tokens are kept in half precision; as soon as
-/// there are `group_size` more than `residual_length`, the oldest `group_size` of them are packed, once and for all.
+/// Numbers of a quantized cache (Liu et al., 2024, "KIVI"). The latest tokens are kept in 8 bits or in half precision;
+/// where they would become more than `residual_length`, the oldest `group_size` of them are packed, once and for all. What
+/// a pass appends is never packed before its end.
 ///
 /// What an encoder has read is not packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +47,10 @@ pub struct QuantizedCacheConfig {
     pub bits: CodeBits,
     /// Values that share a scale and a minimum, and tokens that are packed at a time: above 0.
     pub group_size: usize,
-    /// So many of the latest tokens are never packed.
+    /// Most tokens that are not packed between passes; `group_size` if that is more.
     pub residual_length: usize,
+    /// Bits of these tokens, whose groups are those of neighbouring channels; `None` for half precision.
+    pub residual_bits: Option<CodeBits>,
     /// Groups of keys.
     pub key_axis: GroupAxis,
     /// Groups of values.
@@ -52,24 +58,33 @@ pub struct QuantizedCacheConfig {
 }
 
 impl QuantizedCacheConfig {
-    /// Groups of 64, a window of 128 tokens, keys by channel, values by token.
+    /// Groups of 64, a window of 128 tokens in 8 bits (of codes of 8 bits, in half precision), keys by channel, values by
+    /// token.
     pub fn new(bits: CodeBits) -> Self {
         Self {
             bits,
             group_size: 64,
             residual_length: 128,
+            residual_bits: (bits != CodeBits::Eight).then_some(CodeBits::Eight),
             key_axis: GroupAxis::Channel,
             value_axis: GroupAxis::Token,
         }
     }
 
-    /// How keys and how values are packed.
-    fn formats(&self) -> [RowFormat; 2] {
-        [self.key_axis, self.value_axis].map(|axis| RowFormat {
-            bits: self.bits,
+    fn format(&self, bits: CodeBits, axis: GroupAxis) -> RowFormat {
+        RowFormat {
+            bits,
             group: self.group_size.max(1),
             axis,
-        })
+        }
+    }
+
+    /// The latest tokens, before there are any.
+    fn recent(&self) -> Recent {
+        match self.residual_bits {
+            None => Recent::Floats(None),
+            Some(bits) => Recent::Codes(PackedRows::new(self.format(bits, GroupAxis::Token))),
+        }
     }
 }
 
@@ -104,7 +119,7 @@ impl Cache {
                 packed: None,
                 half: false,
                 dequantizing: false,
-                entries: None,
+                recent: [const { Recent::Floats(None) }; 2],
                 start: 0,
                 len: 0,
                 window: window.filter(|_| kind == CacheKind::Dynamic),
@@ -135,10 +150,11 @@ impl Cache {
         self.precision = precision;
         for layer in &mut self.layers {
             layer.half = precision != CachePrecision::Full;
-            layer.packed = match precision {
-                CachePrecision::Quantized(config) => Some(Packed::new(config)),
-                _ => None,
-            };
+            layer.packed = None;
+            if let CachePrecision::Quantized(config) = precision {
+                layer.packed = Some(Packed::new(config));
+                layer.recent = [config.recent(), config.recent()];
+            }
         }
         self
     }
@@ -259,7 +275,9 @@ impl Cache {
     pub(crate) fn emptied(&self) -> Self {
         let mut own = self.clone();
         for layer in &mut own.layers {
-            layer.entries = None;
+            layer.recent.iter_mut().for_each(Recent::clear);
+            let packed = layer.packed.iter_mut().flat_map(|packed| &mut packed.rows);
+            packed.for_each(PackedRows::clear);
         }
         own.clear();
         own.context = self.context;
@@ -282,13 +300,15 @@ impl Cache {
             source.select(rows);
         }
         for layer in &mut self.layers {
-            if let Some((keys, values)) = layer.entries.take() {
-                let ids = row_ids(rows, &keys.device());
-                if let Some(packed) = &mut layer.packed {
-                    packed.keys.select(ids.clone());
-                    packed.values.select(ids.clone());
-                }
-                layer.entries = Some((keys.select(0, ids.clone()), values.select(0, ids)));
+            let Some(device) = layer.recent[0].device() else {
+                continue;
+            };
+            let ids = row_ids(rows, &device);
+            for packed in layer.packed.iter_mut().flat_map(|packed| &mut packed.rows) {
+                packed.select(ids.clone());
+            }
+            for recent in &mut layer.recent {
+                recent.select(ids.clone());
             }
         }
     }
@@ -362,16 +382,19 @@ impl Cache {
 
     /// Bytes that keys and values occupy, room for more included.
     pub fn num_bytes(&self) -> usize {
-        let floats = |(k, v): &(Tensor<4>, Tensor<4>)| {
-            (k.shape().num_elements() + v.shape().num_elements()) * k.dtype().size()
-        };
-        let packed = |packed: &Packed| packed.keys.num_bytes() + packed.values.num_bytes();
         let layer = |layer: &LayerCache| {
-            layer.entries.as_ref().map_or(0, floats) + layer.packed.as_ref().map_or(0, packed)
+            let packed = layer.packed.iter().flat_map(|packed| &packed.rows);
+            let recent = layer.recent.iter().map(Recent::num_bytes);
+            packed.map(PackedRows::num_bytes).chain(recent).sum::<usize>()
         };
         let source = self.source.iter().flat_map(|source| &source.layers);
-        self.layers.iter().map(layer).sum::<usize>() + source.map(floats).sum::<usize>()
+        let source = source.map(|(keys, values)| num_bytes(keys) + num_bytes(values));
+        self.layers.iter().map(layer).chain(source).sum()
     }
+}
+
+fn num_bytes(x: &Tensor<4>) -> usize {
+    x.shape().num_elements() * x.dtype().size()
 }
 
 fn row_ids(rows: &[usize], device: &Device) -> Tensor<1, Int> {
@@ -416,8 +439,8 @@ pub(crate) struct LayerCache {
     /// Whether the others are kept in half precision.
     half: bool,
     dequantizing: bool,
-    /// Buffers `[batch, heads, capacity, head_dim]`; keys and values may differ in `head_dim`.
-    entries: Option<(Tensor<4>, Tensor<4>)>,
+    /// Keys and values of these others; they may differ in `head_dim`.
+    recent: [Recent; 2],
     /// Position of the first entry.
     start: usize,
     /// Number of entries, packed ones included.
@@ -429,26 +452,133 @@ pub(crate) struct LayerCache {
 /// Entries as codes.
 #[derive(Debug, Clone)]
 struct Packed {
-    keys: PackedRows,
-    values: PackedRows,
+    /// Keys and values.
+    rows: [PackedRows; 2],
     group_size: usize,
     residual_length: usize,
 }
 
 impl Packed {
     fn new(config: QuantizedCacheConfig) -> Self {
-        let [keys, values] = config.formats().map(PackedRows::new);
+        let axes = [config.key_axis, config.value_axis];
         Self {
-            keys,
-            values,
+            rows: axes.map(|axis| PackedRows::new(config.format(config.bits, axis))),
             group_size: config.group_size.max(1),
             residual_length: config.residual_length,
         }
     }
 
+    fn len(&self) -> usize {
+        self.rows[0].len()
+    }
+
     /// The whole groups among `tokens`.
     fn whole(&self, tokens: usize) -> usize {
         tokens - tokens % self.group_size
+    }
+
+    /// How many of `tokens` that are not packed must be for one more to have its place among them.
+    fn leaving(&self, tokens: usize) -> usize {
+        let most = self.whole(tokens);
+        let excess = (tokens + 1).saturating_sub(self.residual_length);
+        // No more than there are, before a multiple that may be beyond any.
+        excess.min(most).next_multiple_of(self.group_size)
+    }
+}
+
+/// Keys or values of the latest tokens, in a buffer with room at the end.
+#[derive(Debug, Clone)]
+enum Recent {
+    /// `[batch, heads, capacity, head_dim]`.
+    Floats(Option<Tensor<4>>),
+    Codes(PackedRows),
+}
+
+impl Recent {
+    /// Forgets all but some tokens, and appends those of `new` `[batch, heads, seq, head_dim]`. There is room for as many
+    /// as `reserve` and for half as many again where that is not enough; without it, for [`STEP`] at most.
+    fn update(&mut self, kept: Range<usize>, new: Tensor<4>, reserve: Option<usize>) {
+        let buffer = match self {
+            Self::Floats(buffer) => buffer,
+            Self::Codes(rows) => {
+                rows.drop_front(kept.start);
+                return rows.append(new, 0);
+            }
+        };
+        let needed = kept.len() + new.dims()[2];
+        let Some(old) = buffer.take() else {
+            let capacity = reserve.unwrap_or(0);
+            *buffer = Some(match capacity <= needed {
+                true => new,
+                false => write(grown(&new, capacity), 0, new),
+            });
+            return;
+        };
+        let held = old.dims()[2];
+        let capacity = match reserve {
+            None => needed.next_multiple_of(STEP),
+            Some(_) if needed <= held => held,
+            Some(reserve) => (needed + needed / 2).max(64).max(reserve),
+        };
+        let old = match kept.start == 0 && capacity == held {
+            true => old,
+            false if kept.is_empty() => grown(&new, capacity),
+            false => write(grown(&new, capacity), 0, old.narrow(2, kept.start, kept.len())),
+        };
+        *buffer = Some(write(old, kept.len(), new));
+    }
+
+    fn device(&self) -> Option<Device> {
+        match self {
+            Self::Floats(buffer) => buffer.as_ref().map(Tensor::device),
+            Self::Codes(rows) => rows.device(),
+        }
+    }
+
+    /// Some of the tokens, one at least, as floats.
+    fn values(&self, tokens: Range<usize>) -> Option<Tensor<4>> {
+        match self {
+            Self::Floats(buffer) => Some(buffer.clone()?.narrow(2, tokens.start, tokens.len())),
+            Self::Codes(rows) => rows.values(tokens),
+        }
+    }
+
+    /// The first `len` tokens, which are all.
+    fn seen(&self, len: usize) -> Option<CachedPart> {
+        match self {
+            Self::Floats(buffer) => Some(CachedPart::Dense(view(buffer.as_ref()?, len))),
+            Self::Codes(rows) => Some(CachedPart::Packed(rows.clone())),
+        }
+    }
+
+    /// Forgets what comes after the first `len` tokens.
+    fn truncate(&mut self, len: usize) {
+        if let Self::Codes(rows) = self {
+            rows.truncate(len);
+        }
+    }
+
+    /// Forgets all tokens and the room for them.
+    fn clear(&mut self) {
+        match self {
+            Self::Floats(buffer) => *buffer = None,
+            Self::Codes(rows) => rows.clear(),
+        }
+    }
+
+    /// Keeps the sequences `ids`, in that order.
+    fn select(&mut self, ids: Tensor<1, Int>) {
+        match self {
+            Self::Floats(buffer) => *buffer = buffer.take().map(|x| x.select(0, ids)),
+            Self::Codes(rows) => rows.select(ids),
+        }
+    }
+
+    fn num_bytes(&self) -> usize {
+        match self {
+            Self::Floats(buffer) => buffer.as_ref().map_or(0, num_bytes),
+            Self::Codes(rows) => rows.num_bytes(),
+        }
     }
 }
 
@@ -473,8 +603,8 @@ impl LayerCache {
             None => [0, unreached],
             // Whole blocks, and not one by one what stands beside codes: there is little of it.
             Some(packed) => {
-                let codes = packed.keys.block_end(unreached);
-                let floats = match packed.keys.len() {
+                let codes = packed.rows[0].block_end(unreached);
+                let floats = match packed.len() {
                     all if codes == all => packed.whole(unreached.min(self.len) - all),
                     _ => 0,
                 };
@@ -486,10 +616,16 @@ impl LayerCache {
     /// Forgets what comes after the first `len` entries.
     fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
-        if let Some(packed) = &mut self.packed {
-            packed.keys.truncate(len);
-            packed.values.truncate(len);
+        for packed in self.packed.iter_mut().flat_map(|packed| &mut packed.rows) {
+            packed.truncate(len);
         }
+        let recent = self.len - self.num_packed();
+        self.recent.iter_mut().for_each(|rows| rows.truncate(recent));
+    }
+
+    /// Number of packed entries.
+    fn num_packed(&self) -> usize {
+        self.packed.as_ref().map_or(0, Packed::len)
     }
 
     /// Appends keys and values `[batch, heads, seq, head_dim]`; returns all that the new queries may see.
@@ -502,76 +638,37 @@ impl LayerCache {
         let [codes, mut floats] = self.dropped(seq);
         self.start += codes + floats;
         self.len -= codes + floats;
-        let mut most = usize::MAX;
+        let mut reserve = Some(self.reserve);
         if let Some(packed) = &mut self.packed {
-            packed.keys.drop_front(codes);
-            packed.values.drop_front(codes);
-            most = packed.residual_length + packed.group_size;
-            let held = self.len - packed.keys.len();
-            let full = packed.whole(held.saturating_sub(packed.residual_length));
-            if let (Some((old_keys, old_values)), true) = (&self.entries, full > 0) {
-                // Room for all that will have left the window by then.
-                let room = packed.whole(self.reserve.saturating_sub(packed.residual_length));
-                let leaving = |old: &Tensor<4>| old.clone().narrow(2, floats, full);
-                packed.keys.append(leaving(old_keys), room);
-                packed.values.append(leaving(old_values), room);
-                floats += full;
+            let leaving = packed.leaving(self.len + codes - packed.len());
+            // Room for all that will be packed by then.
+            let room = packed.leaving(self.reserve.saturating_sub(1));
+            for (rows, recent) in packed.rows.iter_mut().zip(&self.recent) {
+                rows.drop_front(codes);
+                if leaving > 0
+                    && let Some(x) = recent.values(floats..floats + leaving)
+                {
+                    rows.append(x, room);
+                }
             }
+            floats += leaving;
+            reserve = None;
         }
-        let packed = self.packed.as_ref().map_or(0, |packed| packed.keys.len());
-        let kept = self.len - packed;
-        let needed = kept + seq;
-        let reserve = self.reserve.min(most);
-        let (keys, values) = match self.entries.take() {
-            None if reserve <= seq => (keys, values),
-            None => {
-                let capacity = reserve.max(needed);
-                (
-                    write(grown(&keys, capacity), 0, keys),
-                    write(grown(&values, capacity), 0, values),
-                )
-            }
-            Some((old_keys, old_values)) => {
-                let append = |old: Tensor<4>, new: Tensor<4>| {
-                    let capacity = old.dims()[2];
-                    if floats == 0 && needed <= capacity {
-                        return write(old, kept, new);
-                    }
-                    // Half as much again, so that appending stays cheap on average.
-                    let grows = (needed + needed / 2).max(64).min(most).max(needed).max(reserve);
-                    let capacity = match needed <= capacity && capacity <= grows.max(most) {
-                        true => capacity,
-                        false => grows,
-                    };
-                    let buffer = grown(&new, capacity);
-                    let buffer = if kept > 0 {
-                        write(buffer, 0, old.narrow(2, floats, kept))
-                    } else {
-                        buffer
-                    };
-                    write(buffer, kept, new)
-                };
-                (append(old_keys, keys), append(old_values, values))
-            }
-        };
+        let kept = self.len - self.num_packed();
+        for (recent, new) in self.recent.iter_mut().zip([keys, values]) {
+            recent.update(floats..floats + kept, new, reserve);
+        }
         self.len += seq;
-        let seen = |rows: &Tensor<4>, packed: Option<&PackedRows>| {
-            let recent = view(rows, needed);
-            match packed.filter(|packed| !packed.is_empty()) {
-                Some(packed) => CachedRows::Packed(packed.clone(), recent),
-                None => CachedRows::Dense(recent),
+        [0, 1].map(|index| {
+            let packed = self.packed.iter().map(|packed| &packed.rows[index]);
+            let packed = packed.filter(|rows| !rows.is_empty()).cloned();
+            let recent = self.recent[index].seen(kept + seq);
+            let rows = CachedRows(packed.map(CachedPart::Packed).chain(recent).collect());
+            match self.dequantizing {
+                true => rows.dense(DType::F32).into(),
+                false => rows,
             }
-        };
-        let packed = self.packed.as_ref();
-        let seen = [
-            seen(&keys, packed.map(|packed| &packed.keys)),
-            seen(&values, packed.map(|packed| &packed.values)),
-        ];
-        self.entries = Some((keys, values));
-        match self.dequantizing {
-            true => seen.map(|rows| CachedRows::Dense(rows.dense(DType::F32))),
-            false => seen,
-        }
+        })
     }
 }
 
@@ -683,40 +780,38 @@ mod tests {
         );
     }
 
-    /// A cache with blocks of 4 tokens and a window of 6.
-    fn quantized(windows: &[Option<usize>], kind: CacheKind) -> Cache {
-        let config = QuantizedCacheConfig {
-            group_size: 4,
-            residual_length: 6,
-            ..QuantizedCacheConfig::new(CodeBits::Eight)
-        };
-        Cache::new(kind, windows, vec![0]).with_precision(CachePrecision::Quantized(config))
+    /// Caches with blocks of 4 tokens and a window of 6, in half precision and in 8 bits.
+    fn quantized(windows: &[Option<usize>], kind: CacheKind) -> [Cache; 2] {
+        [None, Some(CodeBits::Eight)].map(|residual_bits| {
+            let config = QuantizedCacheConfig {
+                group_size: 4,
+                residual_length: 6,
+                residual_bits,
+                ..QuantizedCacheConfig::new(CodeBits::Eight)
+            };
+            Cache::new(kind, windows, vec![0]).with_precision(CachePrecision::Quantized(config))
+        })
     }
 
     /// Where the values of a quantized cache begin to be the floats that they were, and how many there are.
     fn packed(cache: &Cache, layer: usize) -> [usize; 2] {
         let layer = &cache.layers[layer];
-        [
-            layer.start + layer.packed.as_ref().map_or(0, |packed| packed.keys.len()),
-            layer.start + layer.len,
-        ]
+        [layer.start + layer.num_packed(), layer.start + layer.len]
     }
 
     #[test]
-    fn codes_are_made_when_tokens_leave_the_window() {
+    fn codes_are_made_when_the_window_is_full() {
         for step in [1, 2, 7] {
-            let mut cache = quantized(&[None], CacheKind::Dynamic);
-            for to in (step..=40).step_by(step) {
-                let seen = feed(&mut cache, 0, to - step, to, step);
-                assert_eq!(seen, (0..to as i32).collect::<Vec<_>>(), "step {step}");
-                let [codes, len] = packed(&cache, 0);
-                assert_eq!((len, codes % 4), (to, 0));
-                // What a pass appends is seen as it is.
-                let before = len - step;
-                assert!(
-                    codes <= before.saturating_sub(6) && codes + 6 + 4 > before,
-                    "{codes} of {len}"
-                );
+            for mut cache in quantized(&[None], CacheKind::Dynamic) {
+                for to in (step..=40).step_by(step) {
+                    let seen = feed(&mut cache, 0, to - step, to, step);
+                    assert_eq!(seen, (0..to as i32).collect::<Vec<_>>(), "step {step}");
+                    let [codes, len] = packed(&cache, 0);
+                    assert_eq!((len, codes % 4), (to, 0));
+                    // Before what a pass appends there is room for one token, and no more than a block of it.
+                    let kept = len - step - codes;
+                    assert!(kept < 6 && (codes == 0 || kept + 4 >= 6), "{codes} of {len}");
+                }
             }
         }
     }
@@ -725,35 +820,44 @@ mod tests {
     fn windows_drop_whole_blocks_of_codes() {
         for window in [1, 3, 8, 20] {
             for step in [1, 3, 11] {
-                let mut cache = quantized(&[Some(window)], CacheKind::Dynamic);
-                for to in (step..=77).step_by(step) {
-                    let start = cache.start_after(0, step);
-                    let seen = feed(&mut cache, 0, to - step, to, step);
-                    let first = *seen.first().expect("tokens") as usize;
-                    assert_eq!(first, start);
-                    assert_eq!(seen, (first as i32..to as i32).collect::<Vec<_>>());
-                    let needed = (to - step + 1).saturating_sub(window);
-                    assert!(first <= needed && first + 4 > needed, "{first} of {needed}");
+                for mut cache in quantized(&[Some(window)], CacheKind::Dynamic) {
+                    for to in (step..=77).step_by(step) {
+                        let start = cache.start_after(0, step);
+                        let seen = feed(&mut cache, 0, to - step, to, step);
+                        let first = *seen.first().expect("tokens") as usize;
+                        assert_eq!(first, start);
+                        assert_eq!(seen, (first as i32..to as i32).collect::<Vec<_>>());
+                        let needed = (to - step + 1).saturating_sub(window);
+                        assert!(first <= needed && first + 4 > needed, "{first} of {needed}");
+                    }
                 }
-                let mut full = quantized(&[Some(window)], CacheKind::Full);
-                assert_eq!(feed(&mut full, 0, 0, 77, step), (0..77).collect::<Vec<_>>());
+                for mut full in quantized(&[Some(window)], CacheKind::Full) {
+                    assert_eq!(feed(&mut full, 0, 0, 77, step), (0..77).collect::<Vec<_>>());
+                }
             }
         }
     }
 
     #[test]
     fn cutting_back_codes() {
-        let mut cache = quantized(&[None], CacheKind::Full);
-        feed(&mut cache, 0, 0, 30, 1);
-        cache.advance(30);
-        let [codes, _] = packed(&cache, 0);
-        assert_eq!(codes, 20);
-        assert!(cache.truncate(27) && packed(&cache, 0) == [20, 27]);
-        // Within a block.
-        assert!(cache.truncate(14) && packed(&cache, 0) == [14, 14]);
-        assert_eq!(feed(&mut cache, 0, 14, 40, 2), (0..40).collect::<Vec<_>>());
-        cache.clear();
-        assert_eq!(feed(&mut cache, 0, 0, 25, 5), (0..25).collect::<Vec<_>>());
+        for mut cache in quantized(&[None], CacheKind::Full) {
+            feed(&mut cache, 0, 0, 30, 1);
+            cache.advance(30);
+            assert_eq!(packed(&cache, 0), [24, 30]);
+            assert!(cache.truncate(27) && packed(&cache, 0) == [24, 27]);
+            assert_eq!(feed(&mut cache, 0, 27, 28, 1), (0..28).collect::<Vec<_>>());
+            // Within a block.
+            assert!(cache.truncate(14) && packed(&cache, 0) == [14, 14]);
+            assert_eq!(feed(&mut cache, 0, 14, 40, 2), (0..40).collect::<Vec<_>>());
+            cache.select(&[0, 0]);
+            let next = Tensor::<4>::zeros([2, 1, 1, 1], &Device::flex());
+            let [keys, _] = dense(cache.layer(0).update(next.clone(), next));
+            let expected: Vec<i32> = (0..40).chain([0]).chain(0..40).chain([0]).collect();
+            assert_eq!(nearest(keys), expected);
+            let mut cache = cache.emptied();
+            cache.select(&[0]);
+            assert_eq!(feed(&mut cache, 0, 0, 25, 5), (0..25).collect::<Vec<_>>());
+        }
     }
 
     #[test]
@@ -787,20 +891,28 @@ mod tests {
         let bytes = |precision| {
             let mut cache = Cache::new(CacheKind::Full, &[None], vec![0]).with_precision(precision);
             cache.reserve(2048);
-            for count in [256, 512, 256, 512, 511, 1] {
+            for count in [256, 512, 256, 512, 511] {
                 tokens(&mut cache, count);
             }
+            let before = cache.num_bytes();
+            tokens(&mut cache, 1);
+            assert!(cache.num_bytes() <= before);
             cache.num_bytes()
         };
         let per_token = 2 * 3 * 64;
         assert_eq!(bytes(CachePrecision::Full), 2048 * per_token * 4);
         assert_eq!(bytes(CachePrecision::F16), 2048 * per_token * 2);
         for (code_bits, bits) in [(CodeBits::Two, 2), (CodeBits::Four, 4), (CodeBits::Eight, 8)] {
-            // A scale and a minimum of 16 bits for each group of 64; a window of 128 and a group in half precision.
+            // A scale and a minimum of 16 bits for each group of 64; a window of 128 in half precision, or in 8 bits.
             let packed = (2048 - 128) * per_token * (2 * bits + 1) / 16;
-            let window = (128 + 64) * per_token * 2;
-            let config = QuantizedCacheConfig::new(code_bits);
-            assert_eq!(bytes(CachePrecision::Quantized(config)), packed + window);
+            for (residual_bits, window) in [(None, 32), (Some(CodeBits::Eight), 17)] {
+                let config = QuantizedCacheConfig {
+                    residual_bits,
+                    ..QuantizedCacheConfig::new(code_bits)
+                };
+                let found = bytes(CachePrecision::Quantized(config));
+                assert_eq!(found, packed + 128 * per_token * window / 16);
+            }
         }
     }
 

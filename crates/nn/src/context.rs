@@ -242,7 +242,7 @@ impl<'a> Context<'a> {
     pub fn update(&mut self, keys: Tensor<4>, values: Tensor<4>) -> [CachedRows; 2] {
         match &mut self.past {
             Past::Cache(cache) => cache.layer(self.layer).update(keys, values),
-            Past::None(_) => [keys, values].map(CachedRows::Dense),
+            Past::None(_) => [keys, values].map(CachedRows::from),
         }
     }
 

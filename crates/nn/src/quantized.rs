@@ -182,9 +182,13 @@ impl Weights {
             return Ok(None);
         };
         let shape = matrix.shape();
+        let mut fitting = lock(&self.shared.fitting);
         if !scheme.takes(shape) {
+            fitting.1.get_or_insert_with(|| (full.to_string(), shape));
             return Ok(None);
         }
+        fitting.0 = true;
+        drop(fitting);
         if let Some(survey) = &self.shared.options.survey {
             let plan = scheme
                 .plan(shape, dtype)
@@ -232,7 +236,7 @@ impl Weights {
         Ok(matrix)
     }
 
-    fn wrong(&self, full: &str, reason: String) -> Error {
+    pub(crate) fn wrong(&self, full: &str, reason: String) -> Error {
         Error::Quantization {
             origin: self.origin(),
             module: module_of(full).to_string(),

@@ -167,6 +167,8 @@ pub(crate) struct Shared {
     new: Mutex<Vec<String>>,
     /// What is sure to be multiplied with, in the order of loading.
     products: Mutex<Vec<Weak<dyn PackedMatrix>>>,
+    /// Whether matrices become quantized, and the first whose shape does not fit.
+    pub(crate) fitting: Mutex<(bool, Option<(String, [usize; 2])>)>,
 }
 
 /// What matrices are for, as far as it matters to quantization.
@@ -269,6 +271,7 @@ impl Weights {
                 params: Mutex::default(),
                 new: Mutex::default(),
                 products: Mutex::default(),
+                fitting: Mutex::default(),
             }),
             prefix: String::new(),
             role: Role::Linear,
@@ -777,6 +780,13 @@ impl Weights {
                     names,
                 });
             }
+        }
+        if let (false, Some((full, shape))) = &*lock(&self.shared.fitting) {
+            let reason = format!(
+                "no module is quantized: the method leaves matrices as they are whose shapes are no whole number of its \
+                 blocks, such as {shape:?} of this one; use another method, or other blocks"
+            );
+            return Err(self.wrong(full, reason));
         }
         if self.shared.options.survey.is_none() {
             for adapter in &self.shared.options.adapters {

@@ -249,15 +249,18 @@ impl Rows for View<'_> {
     }
 }
 
-/// What a cache keeps in fewer bits.
-pub(crate) enum Cached<'a> {
+/// What a cache keeps in fewer bits: parts, the rows of one after those of another.
+pub(crate) struct Cached<'a>(pub Vec<Part<'a>>);
+
+/// Some of its rows.
+pub(crate) enum Part<'a> {
     /// In half precision.
     Half(View<'a, u16>),
-    /// As codes, but for the last rows.
+    /// As codes.
     Packed(Packed<'a>),
 }
 
-/// Codes of the first rows, and the last rows in half precision.
+/// Rows as codes.
 pub(crate) struct Packed<'a> {
     /// `[batch, heads, rows, bytes]`.
     pub codes: View<'a, u8>,
@@ -268,28 +271,54 @@ pub(crate) struct Packed<'a> {
     /// Where each block of rows ends.
     pub ends: &'a [usize],
     pub format: RowFormat,
-    /// `[batch, heads, last rows, dim]`.
-    pub recent: View<'a, u16>,
+    /// Values of a row.
+    pub dim: usize,
 }
 
-impl Rows for Cached<'_> {
+impl Part<'_> {
     fn dims(&self) -> [usize; 4] {
         match self {
             Self::Half(view) => view.dims,
             Self::Packed(packed) => {
-                let [batch, heads, recent, dim] = packed.recent.dims;
-                [batch, heads, packed.codes.dims[2] + recent, dim]
+                let [batch, heads, rows, _] = packed.codes.dims;
+                [batch, heads, rows, packed.dim]
             }
         }
+    }
+}
+
+impl<'a> Cached<'a> {
+    /// The parts that hold some of `rows`: which of their own rows these are, and how many of `rows` stand before them.
+    #[inline(always)]
+    fn parts(&self, rows: Range<usize>) -> impl Iterator<Item = (&Part<'a>, Range<usize>, usize)> {
+        let mut first = 0;
+        self.0.iter().filter_map(move |part| {
+            let own = first..first + part.dims()[2];
+            first = own.end;
+            let held = rows.start.max(own.start)..rows.end.min(own.end);
+            let seen = held.start.saturating_sub(rows.start);
+            (!held.is_empty()).then(|| (part, held.start - own.start..held.end - own.start, seen))
+        })
+    }
+}
+
+impl Rows for Cached<'_> {
+    fn dims(&self) -> [usize; 4] {
+        let mut dims = self.0.first().map_or([0; 4], Part::dims);
+        dims[2] = self.0.iter().map(|part| part.dims()[2]).sum();
+        dims
     }
 
     fn room(&self, queries: usize) -> usize {
         let dim = self.dims()[3];
-        match self {
-            _ if queries > FEW => (KEYS + 2) * dim,
-            Self::Half(_) => 0,
-            Self::Packed(packed) => queries * (KEYS + packed.padded(dim)) + 2 * KEYS.max(dim),
+        if queries > FEW {
+            return (KEYS + 2) * dim;
         }
+        let room = |part: &Part| match part {
+            Part::Half(_) => 0,
+            Part::Packed(packed) => queries * (KEYS + packed.padded()) + 2 * KEYS.max(dim),
+        };
+        self.0.iter().map(room).max().unwrap_or(0)
     }
 
     #[inline(always)]
@@ -300,31 +329,25 @@ impl Rows for Cached<'_> {
         rows: Range<usize>,
         tile: &'t mut [f32],
     ) -> Lines<'t> {
-        let dim = self.dims()[3];
-        let (tile, statistics) = tile.split_at_mut(rows.len() * dim);
-        match self {
-            Self::Half(view) => widen_rows(simd, view, at, rows.start, tile),
-            Self::Packed(packed) => {
-                let (old, recent) = packed.split(rows.clone());
-                let (decoded, widened) = tile.split_at_mut(old.len() * dim);
-                if !decoded.is_empty() {
-                    // A loop for each number of bits.
-                    match packed.format.bits as usize {
-                        2 => packed.decode::<S, 2>(simd, at, old, decoded, statistics),
-                        4 => packed.decode::<S, 4>(simd, at, old, decoded, statistics),
-                        _ => packed.decode::<S, 8>(simd, at, old, decoded, statistics),
-                    }
-                }
-                if !widened.is_empty() {
-                    widen_rows(simd, &packed.recent, at, recent.start, widened);
-                }
+        let (dim, len) = (self.dims()[3], rows.len());
+        let (tile, statistics) = tile.split_at_mut(len * dim);
+        for (part, rows, seen) in self.parts(rows) {
+            let tile = &mut tile[seen * dim..][..rows.len() * dim];
+            match part {
+                Part::Half(view) => widen_rows(simd, view, at, rows.start, tile),
+                // A loop for each number of bits.
+                Part::Packed(packed) => match packed.format.bits as usize {
+                    2 => packed.decode::<S, 2>(simd, at, rows, tile, statistics),
+                    4 => packed.decode::<S, 4>(simd, at, rows, tile, statistics),
+                    _ => packed.decode::<S, 8>(simd, at, rows, tile, statistics),
+                },
             }
         }
         Lines {
             values: tile,
             stride: dim,
             dim,
-            len: rows.len(),
+            len,
         }
     }
 
@@ -339,23 +362,17 @@ impl Rows for Cached<'_> {
         room: &mut [f32],
     ) {
         let queries = q.len() / self.dims()[3].max(1);
-        let packed = match self {
-            Self::Half(view) => return few_scores(simd, q, queries, Halves::new(view, at, rows), scores),
-            Self::Packed(packed) => packed,
-        };
-        let (old, recent) = packed.split(rows);
-        let seen = old.len();
-        if seen > 0 {
-            // A loop for each number of bits.
-            match packed.format.bits as usize {
-                2 => packed.few_scores::<S, 4>(simd, at, old, q, scores, room),
-                4 => packed.few_scores::<S, 2>(simd, at, old, q, scores, room),
-                _ => packed.few_scores::<S, 1>(simd, at, old, q, scores, room),
+        for (part, rows, seen) in self.parts(rows) {
+            let scores = &mut scores[seen..];
+            match part {
+                Part::Half(view) => few_scores(simd, q, queries, Halves::new(view, at, rows), scores),
+                // A loop for each number of bits.
+                Part::Packed(packed) => match packed.format.bits as usize {
+                    2 => packed.few_scores::<S, 4>(simd, at, rows, q, scores, room),
+                    4 => packed.few_scores::<S, 2>(simd, at, rows, q, scores, room),
+                    _ => packed.few_scores::<S, 1>(simd, at, rows, q, scores, room),
+                },
             }
-        }
-        if !recent.is_empty() {
-            let recent = Halves::new(&packed.recent, at, recent);
-            few_scores(simd, q, queries, recent, &mut scores[seen..]);
         }
     }
 
@@ -370,22 +387,16 @@ impl Rows for Cached<'_> {
         room: &mut [f32],
     ) {
         let queries = sums.len() / self.dims()[3].max(1);
-        let packed = match self {
-            Self::Half(view) => return few_sums(simd, weights, queries, Halves::new(view, at, rows), sums),
-            Self::Packed(packed) => packed,
-        };
-        let (old, recent) = packed.split(rows);
-        let seen = old.len();
-        if seen > 0 {
-            match packed.format.bits as usize {
-                2 => packed.few_sums::<S, 4>(simd, at, old, weights, sums, room),
-                4 => packed.few_sums::<S, 2>(simd, at, old, weights, sums, room),
-                _ => packed.few_sums::<S, 1>(simd, at, old, weights, sums, room),
+        for (part, rows, seen) in self.parts(rows) {
+            let weights = &weights[seen..];
+            match part {
+                Part::Half(view) => few_sums(simd, weights, queries, Halves::new(view, at, rows), sums),
+                Part::Packed(packed) => match packed.format.bits as usize {
+                    2 => packed.few_sums::<S, 4>(simd, at, rows, weights, sums, room),
+                    4 => packed.few_sums::<S, 2>(simd, at, rows, weights, sums, room),
+                    _ => packed.few_sums::<S, 1>(simd, at, rows, weights, sums, room),
+                },
             }
-        }
-        if !recent.is_empty() {
-            let recent = Halves::new(&packed.recent, at, recent);
-            few_sums(simd, &weights[seen..], queries, recent, sums);
         }
     }
 }
@@ -399,20 +410,9 @@ fn widen_rows<S: Simd>(simd: S, view: &View<u16>, [batch, head]: [usize; 2], fir
 }
 
 impl Packed<'_> {
-    /// Which of `rows` are packed, and which of the last rows they are else.
-    #[inline(always)]
-    fn split(&self, rows: Range<usize>) -> (Range<usize>, Range<usize>) {
-        let past = self.codes.dims[2];
-        let split = rows.start.max(past).min(rows.end);
-        (
-            rows.start..split,
-            split.max(past) - past..rows.end.max(past) - past,
-        )
-    }
-
-    /// Most values of a segment of rows of `dim`, filled up to whole words.
-    fn padded(&self, dim: usize) -> usize {
-        self.format.segment_words(dim) * 32 / self.format.bits as usize
+    /// Most values of a segment, filled up to whole words.
+    fn padded(&self) -> usize {
+        self.format.segment_words(self.dim) * 32 / self.format.bits as usize
     }
 
     /// The codes of a segment of `rows`.
@@ -423,7 +423,7 @@ impl Packed<'_> {
         rows: Range<usize>,
         segment: usize,
     ) -> Codes<'_, P> {
-        let width = 4 * self.format.segment_words(self.recent.dims[3]);
+        let width = 4 * self.format.segment_words(self.dim);
         Codes {
             len: rows.len(),
             bytes: &self.codes.rows(batch, head, rows)[segment * width..],
@@ -450,9 +450,9 @@ impl Packed<'_> {
         scores: &mut [f32],
         room: &mut [f32],
     ) {
-        let dim = self.recent.dims[3];
+        let dim = self.dim;
         let queries = q.len() / dim.max(1);
-        let padded = self.padded(dim);
+        let padded = self.padded();
         let (own, room) = room.split_at_mut(queries * padded);
         let (scales, room) = room.split_at_mut(KEYS.max(dim));
         let (minimums, products) = room.split_at_mut(KEYS.max(dim));
@@ -532,9 +532,9 @@ impl Packed<'_> {
         sums: &mut [f32],
         room: &mut [f32],
     ) {
-        let dim = self.recent.dims[3];
+        let dim = self.dim;
         let queries = sums.len() / dim.max(1);
-        let padded = self.padded(dim);
+        let padded = self.padded();
         let (own, room) = room.split_at_mut(queries * padded);
         let (scales, room) = room.split_at_mut(KEYS.max(dim));
         let (minimums, scaled) = room.split_at_mut(KEYS.max(dim));
@@ -629,7 +629,7 @@ impl Packed<'_> {
         tile: &mut [f32],
         room: &mut [f32],
     ) {
-        let dim = self.recent.dims[3];
+        let dim = self.dim;
         match self.format.axis {
             GroupAxis::Channel => {
                 let (scales, minimums) = room.split_at_mut(dim);
