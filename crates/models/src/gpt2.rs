@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use oxiformers_nn::{
     Activation, Attention, AttentionConfig, Context, Decoder, DecoderConfig, DecoderLayer, Error, LayerNorm,
-    Linear, Mlp, Projection, Result, Weights,
+    Linear, Mlp, Projection, Result, Weights, training,
 };
 use serde::{Deserialize, Serialize};
 
@@ -77,7 +77,10 @@ impl DecoderLayer for Layer {
             Some(norm) => self.mlp.forward(norm.forward(seen)),
             None => self.mlp.forward(normed),
         };
-        x + attended + fed
+        match self.parallel {
+            true => x + training::parallel(attended + fed),
+            false => x + attended + fed,
+        }
     }
 }
 

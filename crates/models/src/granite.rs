@@ -118,7 +118,7 @@ impl Architecture for Config {
         let norm = RmsNorm::load(&w.pp("model.norm"), hidden, eps)?;
         let frame = DecoderConfig {
             tie_word_embeddings: self.tie_word_embeddings,
-            embedding_scale: self.embedding_multiplier,
+            embedding_multiplier: self.embedding_multiplier,
             logit_scale: 1.0 / self.logits_scaling,
             ..DecoderConfig::new(self.vocab_size, hidden, self.num_hidden_layers)
         };

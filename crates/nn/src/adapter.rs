@@ -245,7 +245,7 @@ impl Lora {
             Some([a, b]) => y - product(product(x.clone(), a.clone(), None), b.clone(), None),
             None => y,
         };
-        let drops = self.dropout > 0.0 && training::is_running();
+        let drops = self.dropout > 0.0 && training::drops_for_adapters();
         let x = training::adapter(x, self.dropout);
         let bias_b = self.bias.as_ref().map(Param::val);
         let low = product(x.clone(), self.lora_a.val(), None);
@@ -255,7 +255,11 @@ impl Lora {
         };
         let magnitude = magnitude.val();
         let norms = self.norms.of(scaling, !magnitude.is_autodiff(), || {
-            base.row_norms(self.lora_a.val().detach(), self.lora_b.val().detach(), scaling)
+            base.row_norms(
+                training::constant(self.lora_a.val()),
+                training::constant(self.lora_b.val()),
+                scaling,
+            )
         });
         let factor = (magnitude / norms).unsqueeze::<D>();
         // Without dropout, the layer's own output is at hand.
@@ -310,8 +314,8 @@ impl LoraEmbedding {
     /// DoRA's factors of the columns: `[1, embedding_dim]`.
     fn factor(&self, magnitude: Tensor<1>, scaling: f64, base: &Matrix) -> Tensor<2> {
         let (a, b) = (
-            self.lora_embedding_a.val().detach(),
-            self.lora_embedding_b.val().detach(),
+            training::constant(self.lora_embedding_a.val()),
+            training::constant(self.lora_embedding_b.val()),
         );
         let norms = self.norms.of(scaling, !magnitude.is_autodiff(), || {
             let table = base.values(0..base.shape()[0], &a.device());
@@ -548,7 +552,7 @@ impl Matrix {
                 packed.dequantize_rows(rows.clone(), &mut values);
                 Tensor::from_data(TensorData::new(values, [rows.len(), cols]), device)
             }
-            (None, Some(dense)) => dense.val().detach().slice([rows, 0..cols]),
+            (None, Some(dense)) => training::constant(dense.val()).slice([rows, 0..cols]),
             (None, None) => Tensor::zeros([0, 0], device),
         }
     }

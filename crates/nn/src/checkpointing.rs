@@ -91,7 +91,7 @@ impl ModuleMapper for Leaves {
         let tensor = param.val();
         self.wanted.push(tensor.is_require_grad());
         self.parameters.push(tensor.clone().into_dispatch());
-        Param::initialized(param.id, tensor.detach())
+        Param::initialized(param.id, training::constant(tensor))
     }
 }
 
@@ -109,5 +109,46 @@ impl ModuleMapper for Own {
         let own = if wanted { tensor.require_grad() } else { tensor };
         self.parameters.push(own.clone().into_dispatch());
         Param::initialized(param.id, own)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::{Cache, CacheKind};
+
+    thread_local! {
+        /// Whether what the layer made wants a gradient, run for run.
+        static TRACKED: std::cell::RefCell<Vec<bool>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+
+    #[derive(Module, Debug)]
+    struct Layer {
+        weight: Param<Tensor<3>>,
+    }
+
+    /// The first run of a layer leaves no graph behind, the second one has the gradients.
+    #[test]
+    fn nothing_is_kept_of_the_first_run() {
+        let device = Device::flex().autodiff();
+        let layer = Layer {
+            weight: Param::from_tensor(Tensor::from_floats([[[2.0, 3.0]]], &device)),
+        };
+        let x = Tensor::<3>::from_floats([[[5.0, 7.0]]], &device);
+        let mut cache = Cache::new(CacheKind::Dynamic, &[None], vec![0]);
+        let mut cx = Context::new(&mut cache, 1, device.clone());
+        let forward = |layer: &Layer, x: Tensor<3>, _: &mut Context| {
+            let y = layer.weight.val() * x;
+            TRACKED.with_borrow_mut(|tracked| tracked.push(y.is_tracked()));
+            y
+        };
+        let y = with_gradient_checkpointing(|| run_layer(&layer, x, &mut cx, forward));
+        TRACKED.with_borrow(|tracked| assert_eq!(tracked, &[false]));
+        let gradients = y.sum().backward();
+        TRACKED.with_borrow(|tracked| assert_eq!(tracked, &[false, true]));
+        let gradient = layer.weight.val().grad(&gradients).expect("gradient");
+        assert_eq!(gradient.into_data().iter::<f32>().collect::<Vec<_>>(), [5.0, 7.0]);
     }
 }

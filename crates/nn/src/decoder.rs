@@ -48,8 +48,10 @@ pub struct DecoderConfig {
     pub windows: Vec<Option<usize>>,
     /// Learned positions: their place, their number, and how many unused rows stand before them.
     pub positions: Option<(String, usize, usize)>,
-    /// Factor of the embeddings.
+    /// Factor of the embeddings, a part of their table.
     pub embedding_scale: f64,
+    /// Factor of what goes on of them.
+    pub embedding_multiplier: f64,
     /// Factor of the logits.
     pub logit_scale: f64,
     /// Soft cap of the logits.
@@ -69,6 +71,7 @@ impl DecoderConfig {
             windows: vec![None; num_layers],
             positions: None,
             embedding_scale: 1.0,
+            embedding_multiplier: 1.0,
             logit_scale: 1.0,
             logit_softcap: None,
         }
@@ -139,6 +142,7 @@ impl<L: DecoderLayer> Decoder<L> {
         Ok(Self {
             stack: Stack {
                 embed_scale: config.embedding_scale,
+                embedding_multiplier: config.embedding_multiplier,
                 embed_positions,
                 ..Stack::new(embed_tokens, layers, norm)
             },

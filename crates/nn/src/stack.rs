@@ -12,8 +12,10 @@ use crate::{
 pub struct Stack<L: DecoderLayer> {
     /// Token embedding.
     pub embed_tokens: Embedding,
-    /// Factor of the token embeddings.
+    /// Factor of the token embeddings, a part of their table.
     pub embed_scale: f64,
+    /// Factor of what goes on of them.
+    pub embedding_multiplier: f64,
     /// From the width of the embeddings to that of the layers, where they differ, as in OPT.
     pub project_in: Option<Linear>,
     /// Absolute positions.
@@ -32,6 +34,7 @@ impl<L: DecoderLayer> Stack<L> {
         Self {
             embed_tokens,
             embed_scale: 1.0,
+            embedding_multiplier: 1.0,
             project_in: None,
             embed_positions: None,
             embed_norm: None,
@@ -42,11 +45,9 @@ impl<L: DecoderLayer> Stack<L> {
 
     /// What the first layer gets for `input_ids` `[batch, seq]`: `[batch, seq, hidden_size]`.
     pub fn embed(&self, input_ids: Tensor<2, Int>, cx: &mut Context) -> Tensor<3> {
-        let mut x = training::noise(self.embed_tokens.forward(input_ids));
-        if self.embed_scale != 1.0 {
-            x = x * self.embed_scale;
-        }
-        self.enter(x, cx)
+        let scaled = |x: Tensor<3>, factor: f64| if factor == 1.0 { x } else { x * factor };
+        let x = scaled(self.embed_tokens.forward(input_ids), self.embed_scale);
+        self.enter(scaled(training::noise(x), self.embedding_multiplier), cx)
     }
 
     /// What the first layer gets for embeddings `[batch, seq, embedding_dim]`: `[batch, seq, hidden_size]`.

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use burn::tensor::Tensor;
 use oxiformers_kernels::int8_activations;
 
+use crate::training::constant;
+
 /// The part λ of the difference that quantization makes, from 0 to 1. Clones are the same number: all layers of a model
 /// follow the one that its trainer holds.
 #[derive(Debug, Clone)]
@@ -57,7 +59,7 @@ impl Lambda {
         x: Tensor<D>,
         quantized: impl FnOnce(Tensor<D>) -> Tensor<D>,
     ) -> Tensor<D> {
-        let plain = x.clone().detach();
+        let plain = constant(x.clone());
         let difference = quantized(plain.clone()) - plain;
         x + difference * self.get()
     }

@@ -19,6 +19,8 @@ pub struct Dropout {
     pub attention_output: f64,
     /// Of what feed-forward blocks add to the hidden states.
     pub feed_forward: f64,
+    /// Of what attention and a feed-forward block beside it add together.
+    pub parallel: f64,
     /// Within feed-forward blocks, after the activation.
     pub activation: f64,
     /// Of what the last norm makes.
@@ -27,6 +29,8 @@ pub struct Dropout {
     pub head_input: f64,
     /// Of what a head's output layer gets.
     pub classifier: f64,
+    /// Whether adapters leave out the shares of their own configurations.
+    pub adapters: bool,
 }
 
 /// A forward pass of training.
@@ -74,11 +78,6 @@ fn running() -> Option<Pass> {
     RUNNING.with_borrow(|running| running.map(|(pass, _)| pass))
 }
 
-/// Whether a pass of training is running.
-pub(crate) fn is_running() -> bool {
-    running().is_some()
-}
-
 /// What the draws of the running pass go on from.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Draws(Option<(Pass, u64)>);
@@ -100,6 +99,12 @@ impl Draws {
         let _restore = Restore(RUNNING.with_borrow_mut(|running| std::mem::replace(running, self.0)));
         forward()
     }
+}
+
+/// `x` as a constant. Burn's `detach` alone would leave a parameter one: all that is made of it would be kept for a backward
+/// pass that never comes.
+pub(crate) fn constant<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    x.detach().set_require_grad(false)
 }
 
 /// Which of so many values the running pass leaves out next; none where it leaves out nothing.
@@ -142,6 +147,11 @@ pub fn feed_forward<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     dropped(x, |dropout| dropout.feed_forward)
 }
 
+/// Dropout of what attention and a feed-forward block beside it add together to the hidden states.
+pub fn parallel<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    dropped(x, |dropout| dropout.parallel)
+}
+
 /// Dropout of what the last norm makes.
 pub fn last<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     dropped(x, |dropout| dropout.last)
@@ -159,7 +169,15 @@ pub fn activation<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// Dropout of what an adapter gets, which has a share of its own.
 pub(crate) fn adapter<const D: usize>(x: Tensor<D>, share: f64) -> Tensor<D> {
-    dropped(x, |_| share)
+    match drops_for_adapters() {
+        true => dropped(x, |_| share),
+        false => x,
+    }
+}
+
+/// Whether there is dropout of what adapters get.
+pub(crate) fn drops_for_adapters() -> bool {
+    running().is_some_and(|pass| pass.dropout.adapters)
 }
 
 /// Whether there is dropout between the layers of a feed-forward block, which then cannot be computed at once.

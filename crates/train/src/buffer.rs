@@ -59,6 +59,16 @@ impl Buffer {
     }
 }
 
+/// Values on the device and in the float type of a tensor.
+pub fn like(tensor: &Tensor<1>, values: &[f32]) -> Tensor<1> {
+    let data = TensorData::new(values.to_vec(), [values.len()]);
+    let device = tensor.device();
+    match tensor.dtype() {
+        DType::F32 => Tensor::from_data(data, &device),
+        dtype => Tensor::<1>::from_data(data, &device).cast(dtype),
+    }
+}
+
 /// The CPU's form of a tensor of f32, or the tensor back.
 fn plain(tensor: Tensor<1>) -> Result<FlexTensor, Tensor<1>> {
     let tensor = tensor.inner().into_dispatch();

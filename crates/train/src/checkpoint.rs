@@ -21,6 +21,8 @@ use crate::{Error, Result};
 pub const TRAINER_STATE: &str = "trainer_state.json";
 /// What the optimizer remembers.
 pub const OPTIMIZER: &str = "optimizer.safetensors";
+/// What the task remembers, if it does.
+pub const TASK: &str = "task.safetensors";
 /// The arguments that it was begun with.
 pub const ARGUMENTS: &str = "training_args.json";
 /// The values that learn, where the model's own file does not hold them as f32.
@@ -132,6 +134,8 @@ pub struct Contents<'a> {
     pub arguments: &'a Value,
     /// What the optimizer remembers.
     pub optimizer: State,
+    /// What the task remembers.
+    pub task: State,
 }
 
 /// Writes a checkpoint: beside its place, to the disk, and then into its place.
@@ -159,6 +163,9 @@ pub fn write(
         &part.join(OPTIMIZER),
         contents.optimizer.clone().into_iter().collect(),
     )?;
+    if !contents.task.is_empty() {
+        write_tensors(&part.join(TASK), contents.task.clone().into_iter().collect())?;
+    }
     write_json(&part.join(ARGUMENTS), contents.arguments)?;
     write_json(&part.join(TRAINER_STATE), contents.state)?;
     sync(&part);
@@ -254,6 +261,8 @@ pub struct Loaded {
     pub state: TrainerState,
     /// What the optimizer remembered.
     pub optimizer: State,
+    /// What the task remembered.
+    pub task: State,
     /// The values of each parameter, by its name.
     pub values: HashMap<String, Vec<f32>>,
 }
@@ -266,9 +275,14 @@ pub fn read(folder: &Path, saver: &dyn Saver, parameters: &Parameters) -> Result
     let path = folder.join(TRAINER_STATE);
     let text = std::fs::read(&path).map_err(Error::io(&path))?;
     let state = serde_json::from_slice(&text).map_err(|error| Error::checkpoint(&path, error))?;
+    let task = folder.join(TASK);
     Ok(Loaded {
         state,
         optimizer: read_tensors(&folder.join(OPTIMIZER))?,
+        task: match task.is_file() {
+            true => read_tensors(&task)?,
+            false => State::default(),
+        },
         values: read_values(folder, saver, parameters)?,
     })
 }
@@ -295,13 +309,7 @@ pub fn read_values(
                     format!("has no `{}` of the shape {:?}", parameter.name, parameter.shape),
                 )
             })?;
-            let values = tensor
-                .data
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|b| f32::from_le_bytes(*b));
-            Ok((parameter.name.clone(), values.collect()))
+            Ok((parameter.name.clone(), state::to_floats(&tensor)))
         };
         return parameters.trainable().iter().map(one).collect();
     };

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use burn::tensor::activation::{log_sigmoid, relu, sigmoid};
 use burn::tensor::{Device, Tensor, TensorData};
 use oxiformers_data::tasks::{Batch, Draw, IGNORED, Objective, Row, Targets};
+use oxiformers_models::nn::Parameter;
 use oxiformers_models::nn::training::Pass;
 use oxiformers_models::{AutoConfig, AutoModelForCausalLM, CausalLM};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use crate::optim::State;
 use crate::reference::{Reference, known, learned, sequence_log_probs, token_log_probs};
 use crate::task::{LossOptions, Outputs, Size, Task};
 use crate::tasks::pass;
@@ -47,7 +49,63 @@ pub enum DpoLoss {
     Sft,
     /// `sigmoid` of log-ratios per token.
     SigmoidNorm,
+    /// Optimal transport between what the model and the reference say of pairs, each sorted (Melnyk et al., 2024).
+    Aot,
+    /// The same between chosen and rejected answers, which then belong to no pairs.
+    AotUnpaired,
 }
+
+impl DpoLoss {
+    /// Whether it is made of differences of what answers of a pair are worth alone. In all others a term of the prompt stays,
+    /// which only Kullback and Leibler's divergence has none of.
+    fn takes_differences(self) -> bool {
+        matches!(
+            self,
+            Self::Sigmoid
+                | Self::SigmoidNorm
+                | Self::Hinge
+                | Self::Ipo
+                | Self::ExoPair
+                | Self::Robust
+                | Self::Discopop
+                | Self::Sft
+        )
+    }
+}
+
+/// By which f-divergence the model is held to the reference (Wang et al., 2023), by the names of TRL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FDivergence {
+    /// That of Kullback and Leibler, from the model to the reference.
+    ReverseKl,
+    /// The same from the reference to the model.
+    ForwardKl,
+    /// Jensen and Shannon's.
+    JsDivergence,
+    /// The α-divergence, between the first two.
+    AlphaDivergence,
+}
+
+impl FDivergence {
+    /// What an answer is worth: `f'(t)` of the ratio `t` of its probabilities, of which `log_ratio` is the logarithm.
+    fn score(self, log_ratio: Tensor<1>, alpha: f64) -> Tensor<1> {
+        match self {
+            Self::ReverseKl => log_ratio,
+            Self::ForwardKl => -(-log_ratio).exp() + 1.0,
+            Self::JsDivergence => log_sigmoid(log_ratio) + std::f64::consts::LN_2,
+            // The limit.
+            Self::AlphaDivergence if (alpha - 1.0).abs() < 1e-6 => log_ratio,
+            Self::AlphaDivergence => {
+                let power = (log_ratio * (alpha - 1.0)).clamp_max(LARGEST_POWER);
+                (power.exp() - 1.0) / (alpha - 1.0)
+            }
+        }
+    }
+}
+
+/// What an exponential of f32 is taken of at most: the result is still a number.
+const LARGEST_POWER: f64 = 80.0;
 
 /// One loss or several.
 fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DpoLoss>, D::Error> {
@@ -71,14 +129,24 @@ pub struct DpoConfig {
     pub loss_weights: Option<Vec<f64>>,
     /// How strongly the model is held to the reference; τ of IPO.
     pub beta: f64,
-    /// How likely it is that a label is wrong (`robust`, `exo_pair`).
+    /// How likely it is that a label is wrong (`robust`, `exo_pair`, `aot`, `aot_unpaired`).
     pub label_smoothing: f64,
+    /// By which divergence the model is held to the reference.
+    pub f_divergence_type: FDivergence,
+    /// The α of `alpha_divergence`.
+    pub f_alpha_divergence_coef: f64,
     /// The temperature of `discopop`.
     pub discopop_tau: f64,
     /// Whether what the reference says is computed before the training, and then dropped.
     pub precompute_ref_log_probs: bool,
     /// Rows whose reference is computed at a time; those of a batch where `None`.
     pub precompute_ref_batch_size: Option<usize>,
+    /// Whether the reference follows the model (Gorbatovski et al., 2024).
+    pub sync_ref_model: bool,
+    /// The part of the model in a reference that follows it.
+    pub ref_model_mixup_alpha: f64,
+    /// Steps after which it follows.
+    pub ref_model_sync_steps: u64,
     /// Whether nothing is dropped out while the model learns.
     pub disable_dropout: bool,
 }
@@ -90,15 +158,48 @@ impl Default for DpoConfig {
             loss_weights: None,
             beta: 0.1,
             label_smoothing: 0.0,
+            f_divergence_type: FDivergence::ReverseKl,
+            f_alpha_divergence_coef: 0.5,
             discopop_tau: 0.05,
             precompute_ref_log_probs: false,
             precompute_ref_batch_size: None,
+            sync_ref_model: false,
+            ref_model_mixup_alpha: 0.6,
+            ref_model_sync_steps: 512,
             disable_dropout: true,
         }
     }
 }
 
 impl DpoConfig {
+    /// Checks what can be known before a model is loaded.
+    ///
+    /// # Errors
+    /// Numbers that make no sense, and what does not go together.
+    pub fn check(&self, has_adapter: bool) -> Result<()> {
+        self.losses()?;
+        if !self.sync_ref_model {
+            return Ok(());
+        }
+        if has_adapter || self.precompute_ref_log_probs {
+            let message = "needs a reference that is a model of its own: not with `model.adapter` or \
+                           `precompute_ref_log_probs`";
+            return Err(Error::config("objective.sync_ref_model", message));
+        }
+        let alpha = self.ref_model_mixup_alpha;
+        if !(0.0..=1.0).contains(&alpha) {
+            let message = format!("is {alpha}; it must lie from 0 to 1");
+            return Err(Error::config("objective.ref_model_mixup_alpha", message));
+        }
+        if self.ref_model_sync_steps == 0 {
+            return Err(Error::config(
+                "objective.ref_model_sync_steps",
+                "must be 1 at least",
+            ));
+        }
+        Ok(())
+    }
+
     /// The losses, and what each counts.
     fn losses(&self) -> Result<Vec<(DpoLoss, f64)>> {
         let types = self.loss_type.clone();
@@ -128,6 +229,16 @@ impl DpoConfig {
         }
         if types.contains(&DpoLoss::ExoPair) && !(epsilon > 0.0 && epsilon < 1.0) {
             return bad("of exo_pair, it lies between 0 and 1, such as 1e-3");
+        }
+        if self.f_divergence_type != FDivergence::ReverseKl {
+            if !self.f_alpha_divergence_coef.is_finite() {
+                return Err(Error::config("objective.f_alpha_divergence_coef", "is no number"));
+            }
+            if let Some(loss) = types.iter().find(|loss| !loss.takes_differences()) {
+                let name = serde_json::to_value(loss).unwrap_or_default();
+                let message = format!("goes with differences of answers only, and not with the loss {name}");
+                return Err(Error::config("objective.f_divergence_type", message));
+            }
         }
         Ok(types.into_iter().zip(weights).collect())
     }
@@ -253,14 +364,20 @@ impl Dpo {
         let DpoConfig {
             beta,
             label_smoothing: epsilon,
+            f_divergence_type: divergence,
+            f_alpha_divergence_coef: alpha,
             discopop_tau,
             ..
         } = self.config;
-        let chosen = pairs.chosen.clone() - pairs.ref_chosen.clone();
-        let rejected = pairs.rejected.clone() - pairs.ref_rejected.clone();
+        let chosen = divergence.score(pairs.chosen.clone() - pairs.ref_chosen.clone(), alpha);
+        let rejected = divergence.score(pairs.rejected.clone() - pairs.ref_rejected.clone(), alpha);
         let delta = chosen.clone() - rejected.clone();
         let per_token = || {
             chosen.clone() / pairs.chosen_tokens.clone() - rejected.clone() / pairs.rejected_tokens.clone()
+        };
+        // Labels may be wrong.
+        let smoothed = |logits: Tensor<1>| {
+            log_sigmoid(logits.clone()) * -(1.0 - epsilon) - log_sigmoid(-logits) * epsilon
         };
         match loss {
             DpoLoss::Sigmoid => -log_sigmoid(delta * beta),
@@ -292,6 +409,12 @@ impl Dpo {
                 let part = sigmoid(logits.clone() / discopop_tau);
                 -log_sigmoid(logits.clone()) * (-part.clone() + 1.0) + (-logits).exp() * part
             }
+            DpoLoss::Aot => {
+                let ours = (pairs.chosen.clone() - pairs.rejected.clone()).sort(0);
+                let theirs = (pairs.ref_chosen.clone() - pairs.ref_rejected.clone()).sort(0);
+                smoothed((ours - theirs) * beta)
+            }
+            DpoLoss::AotUnpaired => smoothed((chosen.sort(0) - rejected.sort(0)) * beta),
             // The mean over the tokens of the batch.
             DpoLoss::Sft => -pairs.chosen.clone().sum() / pairs.chosen_tokens.clone().sum(),
         }
@@ -344,6 +467,28 @@ impl Task for Dpo {
             ),
             ..Outputs::new(losses.reduce(|sum, loss| sum + loss))
         })
+    }
+
+    fn after_step(&mut self, model: &Self::Model, trainable: &[Parameter], step: u64) {
+        let config = &self.config;
+        if config.sync_ref_model && step.is_multiple_of(config.ref_model_sync_steps) {
+            self.reference
+                .follow(model, trainable, config.ref_model_mixup_alpha);
+        }
+    }
+
+    async fn state(&self, trainable: &[Parameter]) -> Result<State> {
+        match self.config.sync_ref_model {
+            true => self.reference.state(trainable).await,
+            false => Ok(State::default()),
+        }
+    }
+
+    fn load_state(&mut self, state: State, trainable: &[Parameter]) -> Result<()> {
+        match self.config.sync_ref_model {
+            true => self.reference.load_state(&state, trainable),
+            false => Ok(()),
+        }
     }
 
     fn pass(&self) -> Pass {

@@ -755,7 +755,7 @@ impl Recipe {
     fn check_objective(&self) -> Result<()> {
         match self.task {
             TaskName::Reward => self.objective_config::<RewardConfig>().map(drop),
-            TaskName::Dpo => self.objective_config::<DpoConfig>().map(drop),
+            TaskName::Dpo => (self.objective_config::<DpoConfig>()?).check(self.model.adapter.is_some()),
             TaskName::Kto => self.objective_config::<KtoConfig>().map(drop),
             TaskName::Orpo => self.objective_config::<OrpoConfig>().map(drop),
             TaskName::Grpo => self.objective_config::<GrpoConfig>().map(drop),

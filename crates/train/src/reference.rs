@@ -7,8 +7,9 @@ use burn::tensor::Tensor;
 use oxiformers_data::Dataset;
 use oxiformers_data::tasks::{Batch, Draw, IGNORED, Objective, Row, Targets};
 use oxiformers_models::AutoModelForCausalLM;
-use oxiformers_models::nn::Switch;
+use oxiformers_models::nn::{Parameter, Switch, parameters};
 
+use crate::buffer::{Buffer, like};
 use crate::loss::log_probs;
 use crate::optim::State;
 use crate::optim::state::{self, DType};
@@ -63,6 +64,68 @@ impl Reference {
                 "is missing in an example; the reference was dropped",
             )),
         }
+    }
+}
+
+impl Reference {
+    /// Makes a model of its own go a part `alpha` of the way to `model`, whose `trainable` parameters have changed.
+    pub fn follow(&mut self, model: &AutoModelForCausalLM, trainable: &[Parameter], alpha: f64) {
+        let Self::Model(reference) = self else { return };
+        let ids = trainable.iter().map(|parameter| parameter.id).collect();
+        let (own, mut new) = (
+            parameters::values(reference.as_ref(), &ids),
+            parameters::values(model, &ids),
+        );
+        let mixed = own.into_iter().filter_map(|(id, own)| {
+            let new = new.remove(&id)?;
+            Some((id, own * (1.0 - alpha) + new * alpha))
+        });
+        let mixed = mixed.collect();
+        **reference = parameters::put((**reference).clone(), trainable, &mixed, false);
+    }
+
+    /// The values of a model of its own, by the names of parameters.
+    ///
+    /// # Errors
+    /// Where they cannot be read from the device.
+    pub async fn state(&self, trainable: &[Parameter]) -> Result<State> {
+        let mut state = State::default();
+        let Self::Model(reference) = self else {
+            return Ok(state);
+        };
+        let ids = trainable.iter().map(|parameter| parameter.id).collect();
+        let mut values = parameters::values(reference.as_ref(), &ids);
+        for parameter in trainable {
+            if let Some(tensor) = values.remove(&parameter.id) {
+                let values = Buffer::new(tensor).await?;
+                let tensor = state::floats(values.values(), &parameter.shape);
+                state.insert(parameter.name.clone(), tensor);
+            }
+        }
+        Ok(state)
+    }
+
+    /// Gives a model of its own the values of a [state](Self::state).
+    ///
+    /// # Errors
+    /// Names a parameter that it lacks.
+    pub fn load_state(&mut self, state: &State, trainable: &[Parameter]) -> Result<()> {
+        let Self::Model(reference) = self else {
+            return Ok(());
+        };
+        let ids = trainable.iter().map(|parameter| parameter.id).collect();
+        let mut values = parameters::values(reference.as_ref(), &ids);
+        for parameter in trainable {
+            let tensor = (state.get(&parameter.name))
+                .filter(|tensor| tensor.dtype == DType::F32 && tensor.shape == parameter.shape);
+            let tensor =
+                tensor.ok_or_else(|| Error::state(&parameter.name, "is missing in the reference"))?;
+            if let Some(own) = values.get_mut(&parameter.id) {
+                *own = like(own, &state::to_floats(tensor));
+            }
+        }
+        **reference = parameters::put((**reference).clone(), trainable, &values, false);
+        Ok(())
     }
 }
 
@@ -166,10 +229,7 @@ fn read(file: &Path) -> Result<Vec<Vec<f32>>> {
             "holds no numbers of a reference; remove it, and it is made anew",
         )
     })?;
-    let values: Vec<f32> = (tensor.data.as_chunks::<4>().0.iter())
-        .map(|bytes| f32::from_le_bytes(*bytes))
-        .collect();
-    Ok(values
+    Ok(state::to_floats(&tensor)
         .chunks(tensor.shape[1].max(1))
         .map(<[f32]>::to_vec)
         .collect())

@@ -6,10 +6,12 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::Tensor;
 use oxiformers_data::tasks::{Draw, Row};
+use oxiformers_models::nn::Parameter;
 use oxiformers_models::nn::training::Pass;
 use oxiformers_models::tasks::TaskType;
 use oxiformers_models::{AutoModelFor, AutoModelForCausalLM, AutoModelForSeq2SeqLM, SpanLogits};
 
+use crate::optim::State;
 use crate::{Error, Result};
 
 /// A model as training sees it.
@@ -193,6 +195,25 @@ pub trait Task: Send + Sync {
     /// # Errors
     /// Where the batch does not fit the model.
     fn loss(&self, model: &Self::Model, batch: &Self::Batch, options: LossOptions) -> Result<Outputs>;
+
+    /// Hears that the optimizer has made so many steps, of which the last one has just changed the `trainable` parameters.
+    fn after_step(&mut self, _model: &Self::Model, _trainable: &[Parameter], _step: u64) {}
+
+    /// What a checkpoint has to hold for the task to go on as it would have.
+    ///
+    /// # Errors
+    /// Where it cannot be read from the device.
+    async fn state(&self, _trainable: &[Parameter]) -> Result<State> {
+        Ok(State::default())
+    }
+
+    /// Goes on from a [state](Self::state).
+    ///
+    /// # Errors
+    /// Names what is missing.
+    fn load_state(&mut self, _state: State, _trainable: &[Parameter]) -> Result<()> {
+        Ok(())
+    }
 
     /// Metrics of an evaluation.
     fn metrics(&self) -> Box<dyn Metrics<Self::Batch>> {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::module::ParamId;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 use oxiformers_data::tasks::{Draw, Row};
 use oxiformers_data::{Dataset, Sampler, SamplingStrategy, batches};
 use oxiformers_models::nn::parameters::{self, Kind, Values};
@@ -17,7 +17,7 @@ use oxiformers_models::nn::{Parameter, Parameters, with_gradient_checkpointing};
 use serde_json::{Map, Value, json};
 
 use crate::arguments::{OnNan, Resume, Strategy};
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, like};
 use crate::checkpoint::{self, Contents, Saver};
 use crate::events::{Callback, Event, Plan};
 use crate::optim::{self, Optimizer, Shapes, Step};
@@ -320,6 +320,10 @@ impl<T: Task> Trainer<T> {
                 Err(Failure::Nan { what, value }) => self.diverged(what, value, &taken)?,
             };
             self.state.global_step += 1;
+            if let Some(model) = &self.model {
+                self.task
+                    .after_step(model, &self.trainable, self.state.global_step);
+            }
             self.state.epoch = self.state.global_step as f64 / plan.steps_per_epoch as f64;
             self.state.num_input_tokens_seen += done.tokens;
             self.state.loss_since_log = written(self.state.loss_since_log + done.loss);
@@ -908,6 +912,7 @@ impl<T: Task> Trainer<T> {
             state: &self.state,
             arguments: &Value::Object(self.arguments.to_json()),
             optimizer: self.optimizer.state(),
+            task: self.task.state(&self.trainable).await?,
         };
         let values = |parameter: &Parameter| buffers.get(&parameter.id).map(Buffer::values);
         let path = checkpoint::write(&output, &contents, self.saver.as_ref(), &self.parameters, &values)?;
@@ -956,6 +961,7 @@ impl<T: Task> Trainer<T> {
             .map(|parameter| (parameter.name.clone(), parameter.shape.clone()))
             .collect();
         self.optimizer.load_state(&loaded.optimizer, &shapes)?;
+        self.task.load_state(loaded.task, &self.trainable)?;
         self.set_values(loaded.values)?;
         self.state = loaded.state;
         Ok(())
@@ -999,16 +1005,6 @@ fn rows(data: &Dataset, indices: Vec<u64>) -> Result<Vec<Row>> {
         })
     };
     indices.into_iter().map(one).collect()
-}
-
-/// Values on the device and in the float type of a tensor.
-fn like(tensor: &Tensor<1>, values: &[f32]) -> Tensor<1> {
-    let data = TensorData::new(values.to_vec(), [values.len()]);
-    let device = tensor.device();
-    match tensor.dtype() {
-        burn::tensor::DType::F32 => Tensor::from_data(data, &device),
-        dtype => Tensor::<1>::from_data(data, &device).cast(dtype),
-    }
 }
 
 /// The number that a tensor holds.

@@ -186,6 +186,26 @@ fn an_adapter_is_held_to_the_model_without_it() {
     );
 }
 
+/// `disable_dropout` is for adapters, too.
+#[test]
+fn adapters_drop_out_nothing_where_nothing_is_dropped() {
+    let losses = |dropout: f64, disabled: bool| {
+        let adapter =
+            json!({ "r": 4, "target_modules": "all-linear", "lora_alpha": 16, "lora_dropout": dropout });
+        let changes = [
+            ("model", "adapter", adapter),
+            ("training", "learning_rate", json!(2e-2)),
+            ("training", "max_steps", json!(4)),
+            ("objective", "disable_dropout", json!(disabled)),
+        ];
+        losses("dpo", &changes).expect("training")
+    };
+    let plain = losses(0.0, true);
+    assert_eq!(losses(0.5, true), plain);
+    assert_eq!(losses(0.0, false), plain);
+    assert_ne!(losses(0.5, false), plain);
+}
+
 /// Files of a folder with the model that was saved there.
 fn saved(folder: &Path) -> Vec<u8> {
     std::fs::read(folder.join("model.safetensors")).expect("model")
@@ -195,7 +215,15 @@ fn saved(folder: &Path) -> Vec<u8> {
 #[test]
 fn what_was_killed_goes_on() {
     let curves = curves();
-    let names = ["reward", "dpo-precomputed", "kto", "orpo", "distillation", "grpo"];
+    let names = [
+        "reward",
+        "dpo-precomputed",
+        "dpo-follows",
+        "kto",
+        "orpo",
+        "distillation",
+        "grpo",
+    ];
     for name in names {
         let run = |folder: &Path, resume: bool| {
             let mut recipe = recipe(&curves[name], folder);
@@ -331,7 +359,7 @@ fn what_is_wrong_is_named() {
         cut.contains("`chosen` has 5 tokens, and max_length is 3"),
         "{cut}"
     );
-    let settings: [(&str, (&str, &str, Value), &str); 5] = [
+    let settings: [(&str, (&str, &str, Value), &str); 8] = [
         ("dpo", ("objective", "betta", json!(1)), "unknown field `betta`"),
         (
             "dpo",
@@ -343,6 +371,21 @@ fn what_is_wrong_is_named() {
             "dpo-robust",
             ("objective", "label_smoothing", json!(0.5)),
             "`objective.label_smoothing` is 0.5",
+        ),
+        (
+            "dpo-bco_pair",
+            ("objective", "f_divergence_type", json!("js_divergence")),
+            "`objective.f_divergence_type` goes with differences of answers only, and not with the loss \"bco_pair\"",
+        ),
+        (
+            "dpo-follows",
+            ("objective", "ref_model_mixup_alpha", json!(1.5)),
+            "`objective.ref_model_mixup_alpha` is 1.5; it must lie from 0 to 1",
+        ),
+        (
+            "dpo-precomputed",
+            ("objective", "sync_ref_model", json!(true)),
+            "`objective.sync_ref_model` needs a reference that is a model of its own",
         ),
         (
             "kto",

@@ -51,6 +51,12 @@ pub fn floats(values: &[f32], shape: &[usize]) -> TensorView {
     }
 }
 
+/// The values of a tensor of f32.
+pub fn to_floats(tensor: &TensorView) -> Vec<f32> {
+    let values = tensor.data.as_chunks::<4>().0.iter();
+    values.map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
 /// Bytes as a tensor.
 pub fn bytes(values: &[u8], shape: &[usize]) -> TensorView {
     TensorView {
