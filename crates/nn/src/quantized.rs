@@ -184,10 +184,10 @@ impl Weights {
         let shape = matrix.shape();
         let mut fitting = lock(&self.shared.fitting);
         if !scheme.takes(shape) {
-            fitting.1.get_or_insert_with(|| (full.to_string(), shape));
+            fitting.misfit.get_or_insert_with(|| (full.to_string(), shape));
             return Ok(None);
         }
-        fitting.0 = true;
+        fitting.some = true;
         drop(fitting);
         if let Some(survey) = &self.shared.options.survey {
             let plan = scheme

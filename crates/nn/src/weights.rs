@@ -167,8 +167,17 @@ pub(crate) struct Shared {
     new: Mutex<Vec<String>>,
     /// What is sure to be multiplied with, in the order of loading.
     products: Mutex<Vec<Weak<dyn PackedMatrix>>>,
-    /// Whether matrices become quantized, and the first whose shape does not fit.
-    pub(crate) fitting: Mutex<(bool, Option<(String, [usize; 2])>)>,
+    /// What quantization comes to.
+    pub(crate) fitting: Mutex<Fitting>,
+}
+
+/// Whether a method of quantization has something to do.
+#[derive(Default)]
+pub(crate) struct Fitting {
+    /// Whether a matrix becomes quantized.
+    pub some: bool,
+    /// The first whose shape does not fit.
+    pub misfit: Option<(String, [usize; 2])>,
 }
 
 /// What matrices are for, as far as it matters to quantization.
@@ -781,7 +790,11 @@ impl Weights {
                 });
             }
         }
-        if let (false, Some((full, shape))) = &*lock(&self.shared.fitting) {
+        if let Fitting {
+            some: false,
+            misfit: Some((full, shape)),
+        } = &*lock(&self.shared.fitting)
+        {
             let reason = format!(
                 "no module is quantized: the method leaves matrices as they are whose shapes are no whole number of its \
                  blocks, such as {shape:?} of this one; use another method, or other blocks"

@@ -236,7 +236,7 @@ mod x86 {
                     sums[half] = _mm512_reduce_add_epi32(whole);
                 }
                 QuantizedBlock {
-                    parts: std::mem::transmute(parts),
+                    parts: bytemuck::cast(parts),
                     sums,
                     scale,
                 }
