@@ -50,6 +50,9 @@ const SMALL: usize = 1 << 16;
 const FEW: usize = 4;
 /// Up to so many rows of `x`, weights that were not regrouped are multiplied as they lie.
 const AS_THEY_LIE: usize = 16;
+/// So many bytes before their turn weights are asked for where few rows are multiplied: what the processor does by itself
+/// ends with a page of 4 KB.
+const AHEAD: usize = 2048;
 /// From so many rows of `x` on, they are regrouped as a whole before, instead of by every task.
 const REGROUPED: usize = 4 * ROWS;
 
@@ -582,6 +585,7 @@ impl<'a> Task<'a> {
                 weights,
                 stride,
                 columns: columns.len(),
+                ahead: if few && rows > 1 { AHEAD } else { 0 },
                 outputs: outputs.len(),
                 x: x.as_ptr(),
                 rows,
@@ -798,6 +802,8 @@ struct Part {
     /// Bytes from a panel to the next.
     stride: usize,
     columns: usize,
+    /// So many bytes before their turn weights are asked for.
+    ahead: usize,
     /// Rows of weights in the panels.
     outputs: usize,
     /// Rows that are `STRIDE` apart.
@@ -905,6 +911,9 @@ trait Lanes {
     type Vector: Copy;
 
     unsafe fn zero() -> Self::Vector;
+    /// Asks for what lies there, wherever that is.
+    #[inline(always)]
+    unsafe fn prefetch(_from: *const u8) {}
     unsafe fn load(from: *const f32) -> Self::Vector;
     unsafe fn load_f16(from: *const u16) -> Self::Vector;
     unsafe fn load_bf16(from: *const u16) -> Self::Vector;
@@ -962,17 +971,17 @@ unsafe fn sum<L: Lanes, W: Values, const M: usize, const P: usize>(part: &Part, 
         let mut x = part.x.add(first * STRIDE);
         let mut weights = part.weights;
         for _ in 0..part.columns / 2 {
-            column::<L, W, M, P>(&mut sums, x, weights, part.stride);
+            column::<L, W, M, P>(&mut sums, x, weights, [part.stride, part.ahead]);
             let (x1, weights1) = (x.add(1), weights.add(PANEL * W::BYTES));
             if split {
-                column::<L, W, M, P>(&mut others, x1, weights1, part.stride);
+                column::<L, W, M, P>(&mut others, x1, weights1, [part.stride, part.ahead]);
             } else {
-                column::<L, W, M, P>(&mut sums, x1, weights1, part.stride);
+                column::<L, W, M, P>(&mut sums, x1, weights1, [part.stride, part.ahead]);
             }
             (x, weights) = (x.add(2), weights.add(2 * PANEL * W::BYTES));
         }
         if !part.columns.is_multiple_of(2) {
-            column::<L, W, M, P>(&mut sums, x, weights, part.stride);
+            column::<L, W, M, P>(&mut sums, x, weights, [part.stride, part.ahead]);
         }
         if split {
             for m in 0..M {
@@ -1019,13 +1028,15 @@ unsafe fn column<L: Lanes, W: Values, const M: usize, const P: usize>(
     sums: &mut [[L::Vector; P]; M],
     x: *const f32,
     weights: *const u8,
-    stride: usize,
+    [stride, ahead]: [usize; 2],
 ) {
     // SAFETY: the caller's.
     unsafe {
         let mut w = [L::zero(); P];
         for (p, w) in w.iter_mut().enumerate() {
-            *w = W::load::<L>(weights.add(p * stride));
+            let weights = weights.add(p * stride);
+            L::prefetch(weights.wrapping_add(ahead));
+            *w = W::load::<L>(weights);
         }
         for (m, sums) in sums.iter_mut().enumerate() {
             *sums = L::multiply(*sums, x.add(m * STRIDE), w);
@@ -1042,8 +1053,9 @@ unsafe fn widen<L: Lanes, W: Values>(from: *const u8, to: *mut f32, columns: usi
     for column in 0..columns {
         // SAFETY: the caller's.
         unsafe {
-            let values = W::load::<L>(from.add(column * PANEL * W::BYTES));
-            L::store(values, to.add(column * PANEL));
+            let from = from.add(column * PANEL * W::BYTES);
+            L::prefetch(from.wrapping_add(AHEAD));
+            L::store(W::load::<L>(from), to.add(column * PANEL));
         }
     }
 }
@@ -1100,6 +1112,10 @@ mod avx512 {
         #[inline(always)]
         unsafe fn zero() -> __m512 {
             unsafe { _mm512_setzero_ps() }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(from: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn load(from: *const f32) -> __m512 {
