@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pulp::{Simd, WithSimd};
 
 use crate::activation::{self, Activation};
+use crate::lines::AHEAD;
 use crate::memory::Bytes;
 use crate::output::Output;
 use crate::threads::{for_each, for_each_chunk, num_threads, pieces};
@@ -50,9 +51,6 @@ const SMALL: usize = 1 << 16;
 const FEW: usize = 4;
 /// Up to so many rows of `x`, weights that were not regrouped are multiplied as they lie.
 const AS_THEY_LIE: usize = 16;
-/// So many bytes before their turn weights are asked for where few rows are multiplied: what the processor does by itself
-/// ends with a page of 4 KB.
-const AHEAD: usize = 2048;
 /// From so many rows of `x` on, they are regrouped as a whole before, instead of by every task.
 const REGROUPED: usize = 4 * ROWS;
 

@@ -1,5 +1,9 @@
 //! Memory that vectors and tiles read in whole cache lines.
 
+/// So many bytes before their turn weights are asked for where several rows are multiplied: what the processor does by
+/// itself ends with a page of 4 KB.
+pub(crate) const AHEAD: usize = 2048;
+
 /// 64 bytes of numbers of any kind, aligned.
 #[derive(Clone, Copy)]
 #[repr(align(64))]

@@ -4,6 +4,7 @@ use super::activations::{Activations, Blocks};
 use super::codes::{Kind, Shape, ShiftKind, WIDE};
 use super::simd::{Simd, Split};
 use super::{BLOCK, TILE, Tile, batches, planes};
+use crate::lines::AHEAD;
 
 /// Rows of activations as kernels for few rows take them.
 pub(super) trait Rows {
@@ -120,9 +121,6 @@ impl Rows for Activations {
     }
 }
 
-/// So many bytes before their turn codes are asked for: what the processor does by itself ends with a page of 4 KB.
-const AHEAD: usize = 2048;
-
 /// # Safety
 /// See [`Rows::batch`].
 #[inline(always)]
@@ -217,7 +215,7 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations,
                 let end = blocks.min(begin + plan.group_blocks);
                 for block in begin..end {
                     if M > 1 {
-                        S::prefetch::<AHEAD>(at, K::BLOCK_BYTES);
+                        S::prefetch(at.wrapping_add(AHEAD), K::BLOCK_BYTES);
                     }
                     let products = dots!(block, 0: 0 1 2 3 4 5 6 7);
                     for m in 0..M {
@@ -243,7 +241,7 @@ unsafe fn batch<S: Simd, K: Shape, const M: usize>(tile: &Tile, x: &Activations,
         } else {
             for block in 0..blocks {
                 if M > 1 {
-                    S::prefetch::<AHEAD>(at, K::BLOCK_BYTES);
+                    S::prefetch(at.wrapping_add(AHEAD), K::BLOCK_BYTES);
                 }
                 if K::KIND.group == 16 {
                     group!(block, 0: 0 1 2 3);

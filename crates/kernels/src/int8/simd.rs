@@ -35,9 +35,9 @@ pub(super) trait Simd: Copy {
         QuantizedBlock::new(x, split)
     }
     unsafe fn load(from: *const u8) -> Self::Int;
-    /// Asks for `len` bytes that lie `AHEAD` bytes after `from`, wherever that is.
+    /// Asks for `len` bytes, wherever they lie.
     #[inline(always)]
-    unsafe fn prefetch<const AHEAD: usize>(_from: *const u8, _len: usize) {}
+    unsafe fn prefetch(_from: *const u8, _len: usize) {}
     unsafe fn splat(value: i32) -> Self::Int;
     /// A table of 16 bytes for [`look_up`](Self::look_up).
     unsafe fn table(table: &[u8; 16]) -> Self::Int;
@@ -243,9 +243,9 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn prefetch<const AHEAD: usize>(from: *const u8, len: usize) {
+        unsafe fn prefetch(from: *const u8, len: usize) {
             for at in (0..len).step_by(64) {
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD + at).cast()) }
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
             }
         }
         #[inline(always)]
