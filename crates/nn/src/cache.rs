@@ -38,7 +38,8 @@ pub enum CachePrecision {
 
 /// Numbers of a quantized cache (Liu et al., 2024, "KIVI"). The latest tokens are kept in 8 bits or in half precision;
 /// where they would become more than `residual_length`, the oldest `group_size` of them are packed, once and for all. What
-/// a pass appends is never packed before its end.
+/// a pass appends is never packed before its end. The first token, which is attended to like no other (Xiao et al., 2024,
+/// "StreamingLLM"), is packed by itself: by channel, that keeps it as it is, and its outliers out of others' groups.
 ///
 /// What an encoder has read is not packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -643,12 +644,16 @@ impl LayerCache {
             let leaving = packed.leaving(self.len + codes - packed.len());
             // Room for all that will be packed by then.
             let room = packed.leaving(self.reserve.saturating_sub(1));
+            // The first of all tokens makes a block of its own.
+            let first = usize::from(packed.rows[0].is_empty() && self.start == 0).min(leaving);
             for (rows, recent) in packed.rows.iter_mut().zip(&self.recent) {
                 rows.drop_front(codes);
-                if leaving > 0
-                    && let Some(x) = recent.values(floats..floats + leaving)
-                {
-                    rows.append(x, room);
+                for tokens in [floats..floats + first, floats + first..floats + leaving] {
+                    if !tokens.is_empty()
+                        && let Some(x) = recent.values(tokens)
+                    {
+                        rows.append(x, room);
+                    }
                 }
             }
             floats += leaving;
@@ -903,8 +908,9 @@ mod tests {
         assert_eq!(bytes(CachePrecision::Full), 2048 * per_token * 4);
         assert_eq!(bytes(CachePrecision::F16), 2048 * per_token * 2);
         for (code_bits, bits) in [(CodeBits::Two, 2), (CodeBits::Four, 4), (CodeBits::Eight, 8)] {
-            // A scale and a minimum of 16 bits for each group of 64; a window of 128 in half precision, or in 8 bits.
-            let packed = (2048 - 128) * per_token * (2 * bits + 1) / 16;
+            // A scale and a minimum of 16 bits for each group of 64, and for each channel of the first key; a window of 128 in
+            // half precision, or in 8 bits.
+            let packed = (2048 - 128) * per_token * (2 * bits + 1) / 16 + 3 * 64 * 4;
             for (residual_bits, window) in [(None, 32), (Some(CodeBits::Eight), 17)] {
                 let config = QuantizedCacheConfig {
                     residual_bits,

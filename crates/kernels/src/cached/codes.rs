@@ -267,11 +267,12 @@ mod x86 {
     }
 }
 
+/// Adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
 /// The inverse of [`decode`], with `1 / scale` in the place of scales.
 #[inline(always)]
 fn encode<const BITS: usize, L: Line>(x: &[f32], line: L, codes: &mut [u8]) {
-    /// Adding 1.5 · 2²³ rounds to a whole number, which then stands in the low bits.
-    const ROUND: f32 = 12_582_912.0;
     let most = ((1 << BITS) - 1) as f32;
     let width = codes.len();
     for (part, x) in x.chunks(width.max(1)).enumerate() {
@@ -347,6 +348,7 @@ fn run<const BITS: usize>(x: &[f32], [tokens, dim]: [usize; 2], format: RowForma
         codes: vec![0; x.len() / dim.max(1) * row / 4],
         ..Encoded::default()
     };
+    let mut channels = Channels::new(dim);
     let codes: &mut [u8] = bytemuck::cast_slice_mut(&mut out.codes);
     let sequences = x.chunks(tokens * dim).zip(codes.chunks_mut(tokens * row));
     for (x, codes) in sequences {
@@ -356,24 +358,13 @@ fn run<const BITS: usize>(x: &[f32], [tokens, dim]: [usize; 2], format: RowForma
         {
             match format.axis {
                 GroupAxis::Channel => {
-                    let mut line = [vec![0.0; dim], vec![0.0; dim]];
-                    let [mut least, mut largest] = [x[..dim].to_vec(), x[..dim].to_vec()];
-                    let mut zeros = vec![0.0; dim];
-                    for x in x.chunks(dim) {
-                        for (i, x) in x.iter().enumerate() {
-                            least[i] = least[i].min(*x);
-                            largest[i] = largest[i].max(*x);
-                            zeros[i] += x * 0.0;
-                        }
+                    channels.reach(x, most);
+                    for _ in 0..format.rounds() {
+                        channels.fit(x, most);
                     }
-                    for channel in 0..dim {
-                        let range = [least[channel], largest[channel], zeros[channel]];
-                        let [inverse, minimum] = statistics(range, most, &mut out.scales, &mut out.minimums);
-                        line[0][channel] = inverse;
-                        line[1][channel] = minimum;
-                    }
+                    let line = channels.keep(&mut out.scales, &mut out.minimums);
                     for (x, codes) in x.chunks(dim).zip(codes.chunks_mut(row)) {
-                        encode::<BITS, _>(x, [line[0].as_slice(), &line[1]], codes);
+                        encode::<BITS, _>(x, line, codes);
                     }
                 }
                 GroupAxis::Token => {
@@ -384,7 +375,9 @@ fn run<const BITS: usize>(x: &[f32], [tokens, dim]: [usize; 2], format: RowForma
                             for x in x {
                                 range = [range[0].min(*x), range[1].max(*x), range[2] + x * 0.0];
                             }
-                            let line = statistics(range, most, &mut out.scales, &mut out.minimums);
+                            let [least, largest, zeros] = range;
+                            let line = [(largest - least) / most, least + zeros];
+                            let line = keep(line, &mut out.scales, &mut out.minimums);
                             encode::<BITS, _>(x, line, codes);
                         }
                     }
@@ -395,20 +388,108 @@ fn run<const BITS: usize>(x: &[f32], [tokens, dim]: [usize; 2], format: RowForma
     out
 }
 
-/// Keeps the scale and the minimum of values in a range; returns `1 / scale` and the minimum, as they are kept.
+/// Scales and minimums of the channels of a block, whose values are each a group.
+struct Channels {
+    scales: Vec<f32>,
+    minimums: Vec<f32>,
+    inverses: Vec<f32>,
+    /// Zero, or no number where a value of the channel is none, or infinite.
+    zeros: Vec<f32>,
+    sums: [Vec<f32>; 4],
+}
+
+impl Channels {
+    fn new(dim: usize) -> Self {
+        let zeros = || vec![0.0; dim];
+        Self {
+            scales: zeros(),
+            minimums: zeros(),
+            inverses: zeros(),
+            zeros: zeros(),
+            sums: [zeros(), zeros(), zeros(), zeros()],
+        }
+    }
+
+    /// Those with which codes up to `most` reach from the least to the largest value of rows.
+    #[inline(always)]
+    fn reach(&mut self, x: &[f32], most: f32) {
+        let dim = self.zeros.len();
+        // The scales' place until they are known.
+        let (least, largest) = (&mut self.minimums[..dim], &mut self.scales[..dim]);
+        let zeros = &mut self.zeros[..dim];
+        least.fill(f32::INFINITY);
+        largest.fill(f32::NEG_INFINITY);
+        zeros.fill(0.0);
+        for x in x.chunks_exact(dim) {
+            for (i, x) in x.iter().enumerate() {
+                least[i] = least[i].min(*x);
+                largest[i] = largest[i].max(*x);
+                zeros[i] += x * 0.0;
+            }
+        }
+        for (largest, least) in largest.iter_mut().zip(least) {
+            *largest = (*largest - *least) / most;
+        }
+    }
+
+    /// Those whose squared error is the least with the codes that they give now.
+    #[inline(always)]
+    fn fit(&mut self, x: &[f32], most: f32) {
+        let dim = self.zeros.len();
+        let count = (x.len() / dim) as f32;
+        for (inverse, scale) in self.inverses.iter_mut().zip(&self.scales) {
+            *inverse = inverse_of(*scale);
+        }
+        let (minimums, inverses) = (&mut self.minimums[..dim], &self.inverses[..dim]);
+        let [values, codes, squares, products] = self.sums.each_mut().map(|sums| {
+            sums.fill(0.0);
+            &mut sums[..dim]
+        });
+        for x in x.chunks_exact(dim) {
+            for (i, x) in x.iter().enumerate() {
+                // From the minimum on, so that differences of sums stay exact.
+                let x = x - minimums[i];
+                let code = ((x * inverses[i]).max(0.0).min(most) + ROUND) - ROUND;
+                values[i] += x;
+                codes[i] += code;
+                squares[i] += code * code;
+                products[i] += code * x;
+            }
+        }
+        for (i, scale) in self.scales.iter_mut().enumerate() {
+            let spread = count * squares[i] - codes[i] * codes[i];
+            let fitted = (count * products[i] - codes[i] * values[i]) / spread;
+            // Not where all codes are the same, or values no numbers.
+            if fitted > 0.0 && fitted < f32::INFINITY {
+                *scale = fitted;
+                minimums[i] += (values[i] - fitted * codes[i]) / count;
+            }
+        }
+    }
+
+    /// Keeps them; returns `1 / scale` and the minimum of each channel, as they are kept.
+    #[inline(always)]
+    fn keep(&mut self, scales: &mut Vec<f16>, minimums: &mut Vec<f16>) -> [&[f32]; 2] {
+        for (i, scale) in self.scales.iter().enumerate() {
+            let line = [*scale, self.minimums[i] + self.zeros[i]];
+            [self.inverses[i], self.minimums[i]] = keep(line, scales, minimums);
+        }
+        [&self.inverses, &self.minimums]
+    }
+}
+
+/// Keeps a scale and a minimum in half precision; returns `1 / scale` and the minimum, as they are kept.
 #[inline(always)]
-fn statistics(
-    [least, largest, sum_of_zeros]: [f32; 3],
-    most: f32,
-    scales: &mut Vec<f16>,
-    minimums: &mut Vec<f16>,
-) -> [f32; 2] {
-    let scale = f16::from_f32((largest - least) / most);
-    let minimum = f16::from_f32(least + sum_of_zeros);
+fn keep([scale, minimum]: [f32; 2], scales: &mut Vec<f16>, minimums: &mut Vec<f16>) -> [f32; 2] {
+    let (scale, minimum) = (f16::from_f32(scale), f16::from_f32(minimum));
     scales.push(scale);
     minimums.push(minimum);
-    let scale = scale.to_f32();
-    [if scale > 0.0 { scale.recip() } else { 0.0 }, minimum.to_f32()]
+    [inverse_of(scale.to_f32()), minimum.to_f32()]
+}
+
+#[inline(always)]
+fn inverse_of(scale: f32) -> f32 {
+    if scale > 0.0 { scale.recip() } else { 0.0 }
 }
 
 #[cfg(test)]
