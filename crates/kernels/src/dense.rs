@@ -1,7 +1,7 @@
 //! Dense weights times rows of f32: `x · Wᵀ`, with bias and activation on the way out.
 //!
 //! Weights that stay are regrouped once, into panels of 16 rows with the values of a column side by side, in f32
-//! or in 16 bits that are widened as they are read. A product walks over the panels: some rows of `x` times one or
+//! or in 16 or 8 bits that are widened as they are read. A product walks over the panels: some rows of `x` times one or
 //! two panels are summed up in registers, and nothing runs across lanes (Goto and van de Geijn, 2008). Weights that
 //! change, as in training, are multiplied as they lie, or regrouped piece by piece where there are many rows.
 
@@ -47,7 +47,7 @@ const STRIDE: usize = COLUMNS + 16;
 const ROWS: usize = 112;
 /// Multiplications below which nothing is handed to another thread.
 const SMALL: usize = 1 << 16;
-/// Up to so many rows of `x`, 16-bit weights are widened in registers.
+/// Up to so many rows of `x`, weights of fewer than 32 bits are widened in registers.
 const FEW: usize = 4;
 /// Up to so many rows of `x`, weights that were not regrouped are multiplied as they lie.
 const AS_THEY_LIE: usize = 16;
@@ -63,12 +63,19 @@ pub enum Float {
     F16,
     /// The upper half of 32 bits.
     Bf16,
+    /// 8 bits, of which 4 are the exponent and 3 the fraction, without infinities; groups of columns of a row have a scale
+    /// (Micikevicius et al., 2022, "FP8 formats for deep learning").
+    F8E4M3,
 }
 
 impl Float {
     /// Bytes of a value.
     pub fn bytes(self) -> usize {
-        if self == Self::F32 { 4 } else { 2 }
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::F8E4M3 => 1,
+        }
     }
 }
 
@@ -79,7 +86,21 @@ pub struct DenseMatrix {
     float: Float,
     /// Panels `[cols, PANEL]`, in the processor's byte order.
     data: Bytes,
+    /// Of [`Float::F8E4M3`] alone.
+    scales: Scales,
 }
+
+/// What the values of a panel's rows are multiplied with.
+#[derive(Default)]
+struct Scales {
+    /// `[blocks of columns, panels, PANEL]`, times [`F8_UNIT`]; no number where a value of the block is none.
+    values: Vec<f32>,
+    /// Columns of a block.
+    columns: usize,
+}
+
+/// What floats of 8 bits are loaded as a fraction of.
+const F8_UNIT: f32 = 256.0;
 
 impl std::fmt::Debug for DenseMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -90,9 +111,42 @@ impl std::fmt::Debug for DenseMatrix {
 impl DenseMatrix {
     /// Regroups row-major little-endian values, whose number the caller has checked; `done` is told what has been
     /// read and is not needed any more.
+    ///
+    /// Floats of 8 bits have a scale of 1; for others, [`pack_scaled`](Self::pack_scaled).
     pub fn pack(float: Float, rows: usize, cols: usize, bytes: &[u8], done: &(dyn Fn(&[u8]) + Sync)) -> Self {
+        if float == Float::F8E4M3 {
+            return Self::pack_scaled([rows, cols], bytes, &[1.0], [rows, cols], done);
+        }
         let to = Bytes::zeroed(rows.div_ceil(PANEL) * cols * PANEL * float.bytes());
         Self::pack_to(to, float, [rows, cols], bytes, done)
+    }
+
+    /// Regroups row-major floats of 8 bits. Blocks of so many rows and columns each have one of `scales`, row by row of
+    /// blocks; how many there are the caller has checked.
+    pub fn pack_scaled(
+        [rows, cols]: [usize; 2],
+        codes: &[u8],
+        scales: &[f32],
+        [block_rows, block_cols]: [usize; 2],
+        done: &(dyn Fn(&[u8]) + Sync),
+    ) -> Self {
+        let (block_rows, block_cols) = (block_rows.max(1), block_cols.max(1));
+        let (across, panels) = (cols.div_ceil(block_cols), rows.div_ceil(PANEL));
+        let mut values = vec![0.0; across * panels * PANEL];
+        for (row, codes) in codes.chunks_exact(cols.max(1)).enumerate() {
+            let scales = &scales[row / block_rows * across..];
+            for (block, (codes, scale)) in codes.chunks(block_cols).zip(scales).enumerate() {
+                let is_number = codes.iter().all(|code| code & 0x7F != 0x7F);
+                values[block * panels * PANEL + row] = if is_number { scale * F8_UNIT } else { f32::NAN };
+            }
+        }
+        let data = Bytes::zeroed(panels * cols * PANEL);
+        let mut matrix = Self::pack_to(data, Float::F8E4M3, [rows, cols], codes, done);
+        matrix.scales = Scales {
+            values,
+            columns: block_cols,
+        };
+        matrix
     }
 
     fn pack_to(
@@ -109,6 +163,7 @@ impl DenseMatrix {
             cols,
             float,
             data,
+            scales: Scales::default(),
         };
         let row_bytes = cols * float.bytes();
         let (_, size) = pieces(panels, 4);
@@ -120,7 +175,10 @@ impl DenseMatrix {
             for (from, to) in panels.zip(to.chunks_exact_mut(panel_bytes)) {
                 match float {
                     Float::F32 => regroup(from, row_bytes, to, |b| u32::from_le_bytes(b).to_ne_bytes()),
-                    _ => regroup(from, row_bytes, to, |b| u16::from_le_bytes(b).to_ne_bytes()),
+                    Float::F16 | Float::Bf16 => {
+                        regroup(from, row_bytes, to, |b| u16::from_le_bytes(b).to_ne_bytes())
+                    }
+                    Float::F8E4M3 => regroup(from, row_bytes, to, |b: [u8; 1]| b),
                 }
             }
             done(&bytes[from]);
@@ -137,6 +195,7 @@ impl DenseMatrix {
             cols,
             float: Float::F32,
             data: Bytes::temporary(panels * panel_bytes),
+            scales: Scales::default(),
         };
         for_each_chunk(&mut matrix.data, panel_bytes.max(1), |panel, to| {
             let own = panel * PANEL..rows.min((panel + 1) * PANEL);
@@ -164,7 +223,43 @@ impl DenseMatrix {
 
     /// Bytes held in memory.
     pub fn num_bytes(&self) -> usize {
-        self.data.len()
+        self.data.len() + 4 * self.scales.values.len()
+    }
+
+    /// Where the next column with other scales begins.
+    fn block_end(&self, column: usize) -> usize {
+        match self.scales.columns {
+            0 => self.cols,
+            columns => (column / columns + 1) * columns,
+        }
+    }
+
+    /// The scales of a panel's rows in the block of a column, before those of the next panel.
+    fn scales(&self, panel: usize, column: usize) -> *const f32 {
+        match self.scales.columns {
+            0 => std::ptr::null(),
+            columns => {
+                let block = column / columns * self.rows.div_ceil(PANEL);
+                self.scales.values[(block + panel) * PANEL..].as_ptr()
+            }
+        }
+    }
+
+    /// Writes some columns of a panel as f32.
+    ///
+    /// # Safety
+    /// There is room for them.
+    unsafe fn widen(&self, kernels: &Kernels, panel: usize, columns: Range<usize>, to: *mut f32) {
+        let mut at = columns.start;
+        while at < columns.end {
+            let end = columns.end.min(self.block_end(at));
+            let (from, scales) = (self.panel(panel, at), self.scales(panel, at));
+            // SAFETY: the caller's.
+            unsafe {
+                kernels.widen(self.float)(from, scales, to.add((at - columns.start) * PANEL), end - at)
+            };
+            at = end;
+        }
     }
 }
 
@@ -579,20 +674,37 @@ impl<'a> Task<'a> {
             let columns = pieces.columns(piece);
             let outputs = first..outputs.end.min(first + 2 * PANEL);
             let (weights, stride, float) = self.weights(kernels, &outputs, &columns, rows, &mut panels);
-            let part = Part {
-                weights,
-                stride,
-                columns: columns.len(),
-                ahead: if few && rows > 1 { AHEAD } else { 0 },
-                outputs: outputs.len(),
-                x: x.as_ptr(),
-                rows,
-                add: self.product.add || piece > 0,
-                out: self.product.out.at(self.first_row * out_features + outputs.start),
-                out_stride: out_features,
+            let scaled = match self.product.weight {
+                Weight::Packed(matrix) if float == Float::F8E4M3 => Some(matrix),
+                _ => None,
             };
-            // SAFETY: everything is as the fields say, and this task alone writes the outputs of its rows.
-            unsafe { part.run(kernels, float) };
+            let mut at = columns.start;
+            // Once even where there are no columns.
+            loop {
+                let end = scaled.map_or(columns.end, |matrix| columns.end.min(matrix.block_end(at)));
+                let skipped = at - columns.start;
+                let part = Part {
+                    weights: weights.wrapping_add(skipped * PANEL * float.bytes()),
+                    stride,
+                    scales: scaled.map_or(std::ptr::null(), |matrix| {
+                        matrix.scales(outputs.start / PANEL, at)
+                    }),
+                    columns: end - at,
+                    ahead: if few && rows > 1 { AHEAD } else { 0 },
+                    outputs: outputs.len(),
+                    x: x[skipped..].as_ptr(),
+                    rows,
+                    add: self.product.add || at > 0,
+                    out: self.product.out.at(self.first_row * out_features + outputs.start),
+                    out_stride: out_features,
+                };
+                // SAFETY: everything is as the fields say, and this task alone writes the outputs of its rows.
+                unsafe { part.run(kernels, float) };
+                at = end;
+                if at >= columns.end {
+                    break;
+                }
+            }
         };
         let firsts = outputs.clone().step_by(2 * PANEL);
         if few {
@@ -636,9 +748,8 @@ impl<'a> Task<'a> {
                     return (matrix.panel(panels.start, columns.start), panel_bytes, float);
                 }
                 for (panel, to) in panels.zip(scratch.chunks_exact_mut(stride)) {
-                    let from = matrix.panel(panel, columns.start);
-                    // SAFETY: both have the columns.
-                    unsafe { kernels.widen(float)(from, to.as_mut_ptr(), columns.len()) };
+                    // SAFETY: there is room for all columns of a piece.
+                    unsafe { matrix.widen(kernels, panel, columns.clone(), to.as_mut_ptr()) };
                 }
             }
             Weight::Plain(values, [out_features, in_features]) => {
@@ -799,6 +910,8 @@ struct Part {
     weights: *const u8,
     /// Bytes from a panel to the next.
     stride: usize,
+    /// Those of the rows of weights, where values are scaled.
+    scales: *const f32,
     columns: usize,
     /// So many bytes before their turn weights are asked for.
     ahead: usize,
@@ -823,6 +936,7 @@ impl Part {
                 Float::F32 => kernels.one,
                 Float::F16 => kernels.f16,
                 Float::Bf16 => kernels.bf16,
+                Float::F8E4M3 => kernels.f8,
             };
             let two = kernels
                 .two
@@ -834,6 +948,7 @@ impl Part {
             for first in (0..self.outputs).step_by(PANEL) {
                 let panel = Self {
                     weights: self.weights.add(first / PANEL * self.stride),
+                    scales: self.scales.wrapping_add(first),
                     outputs: (self.outputs - first).min(PANEL),
                     out: self.out.add(first),
                     ..*self
@@ -864,11 +979,12 @@ impl Part {
 /// That of [`Part::run`]; and the processor has the kernel's instructions.
 type Kernel = unsafe fn(&Part, usize);
 
-/// Writes as many columns of a panel as the last argument says as f32.
+/// Writes as many columns of a panel as the last argument says as f32, with the scales of the second one where values
+/// have some.
 ///
 /// # Safety
-/// The pointers are to the columns and to room for them; and the processor has the instructions.
-type Widen = unsafe fn(*const u8, *mut f32, usize);
+/// The pointers are to the columns, to scales and to room; and the processor has the instructions.
+type Widen = unsafe fn(*const u8, *const f32, *mut f32, usize);
 
 /// What is fastest on a processor. The kernels are those for one row, for two, and so on.
 struct Kernels {
@@ -877,12 +993,17 @@ struct Kernels {
     one: &'static [Kernel],
     f16: &'static [Kernel],
     bf16: &'static [Kernel],
-    widen: [Widen; 2],
+    f8: &'static [Kernel],
+    widen: [Widen; 3],
 }
 
 impl Kernels {
     fn widen(&self, float: Float) -> Widen {
-        self.widen[usize::from(float == Float::Bf16)]
+        match float {
+            Float::F32 | Float::F16 => self.widen[0],
+            Float::Bf16 => self.widen[1],
+            Float::F8E4M3 => self.widen[2],
+        }
     }
 }
 
@@ -915,8 +1036,11 @@ trait Lanes {
     unsafe fn load(from: *const f32) -> Self::Vector;
     unsafe fn load_f16(from: *const u16) -> Self::Vector;
     unsafe fn load_bf16(from: *const u16) -> Self::Vector;
+    /// In units of [`F8_UNIT`]; what is no number comes as one.
+    unsafe fn load_f8(from: *const u8) -> Self::Vector;
     unsafe fn store(v: Self::Vector, to: *mut f32);
     unsafe fn add(a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    unsafe fn scale(a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// Adds the products of one value of `x` with `P` vectors of weights.
     unsafe fn multiply<const P: usize>(
         sums: [Self::Vector; P],
@@ -928,6 +1052,7 @@ trait Lanes {
 /// How a value is held in a panel.
 trait Values {
     const BYTES: usize;
+    const SCALED: bool = false;
 
     /// # Safety
     /// That of [`Lanes`].
@@ -935,11 +1060,12 @@ trait Values {
 }
 
 macro_rules! values {
-    ($name:ident, $bytes:literal, $load:ident) => {
+    ($name:ident, $bytes:literal, $load:ident $(, $scaled:literal)?) => {
         struct $name;
 
         impl Values for $name {
             const BYTES: usize = $bytes;
+            $(const SCALED: bool = $scaled;)?
 
             #[inline(always)]
             unsafe fn load<L: Lanes>(from: *const u8) -> L::Vector {
@@ -953,6 +1079,7 @@ macro_rules! values {
 values!(F32, 4, load);
 values!(F16, 2, load_f16);
 values!(Bf16, 2, load_bf16);
+values!(F8, 1, load_f8, true);
 
 /// `M` rows of `x` from `first` on times `P` panels: a [`Kernel`].
 ///
@@ -985,6 +1112,14 @@ unsafe fn sum<L: Lanes, W: Values, const M: usize, const P: usize>(part: &Part, 
             for m in 0..M {
                 for p in 0..P {
                     sums[m][p] = L::add(sums[m][p], others[m][p]);
+                }
+            }
+        }
+        if W::SCALED {
+            for p in 0..P {
+                let scales = L::load(part.scales.add(p * PANEL));
+                for m in 0..M {
+                    sums[m][p] = L::scale(sums[m][p], scales);
                 }
             }
         }
@@ -1047,13 +1182,18 @@ unsafe fn column<L: Lanes, W: Values, const M: usize, const P: usize>(
 /// # Safety
 /// That of [`Widen`] and [`Lanes`].
 #[inline(always)]
-unsafe fn widen<L: Lanes, W: Values>(from: *const u8, to: *mut f32, columns: usize) {
-    for column in 0..columns {
-        // SAFETY: the caller's.
-        unsafe {
+unsafe fn widen<L: Lanes, W: Values>(from: *const u8, scales: *const f32, to: *mut f32, columns: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let scales = if W::SCALED { L::load(scales) } else { L::zero() };
+        for column in 0..columns {
             let from = from.add(column * PANEL * W::BYTES);
             L::prefetch(from.wrapping_add(AHEAD));
-            L::store(W::load::<L>(from), to.add(column * PANEL));
+            let mut values = W::load::<L>(from);
+            if W::SCALED {
+                values = L::scale(values, scales);
+            }
+            L::store(values, to.add(column * PANEL));
         }
     }
 }
@@ -1061,14 +1201,15 @@ unsafe fn widen<L: Lanes, W: Values>(from: *const u8, to: *mut f32, columns: usi
 /// The [`Kernels`] of an implementation of [`Lanes`], compiled for its instructions.
 macro_rules! kernels {
     ($lanes:ty, $(#[$features:meta])* $(two: $($two:literal)+,)? one: $($one:literal)+, few: $($few:literal)+) => {
-        use super::{Bf16, F16, F32, Kernel, Kernels, Part, Values};
+        use super::{Bf16, F8, F16, F32, Kernel, Kernels, Part, Values};
 
         pub(super) static KERNELS: Kernels = Kernels {
             two: kernels!(@some $([$(sum::<F32, $two, 2>),+])?),
             one: &[$(sum::<F32, $one, 1> as Kernel),+],
             f16: &[$(sum::<F16, $few, 1> as Kernel),+],
             bf16: &[$(sum::<Bf16, $few, 1> as Kernel),+],
-            widen: [widen::<F16>, widen::<Bf16>],
+            f8: &[$(sum::<F8, $few, 1> as Kernel),+],
+            widen: [widen::<F16>, widen::<Bf16>, widen::<F8>],
         };
 
         $(#[$features])*
@@ -1078,9 +1219,9 @@ macro_rules! kernels {
         }
 
         $(#[$features])*
-        unsafe fn widen<W: Values>(from: *const u8, to: *mut f32, columns: usize) {
+        unsafe fn widen<W: Values>(from: *const u8, scales: *const f32, to: *mut f32, columns: usize) {
             // SAFETY: the caller's; the features are enabled here.
-            unsafe { super::widen::<$lanes, W>(from, to, columns) }
+            unsafe { super::widen::<$lanes, W>(from, scales, to, columns) }
         }
     };
     (@some) => { None };
@@ -1131,12 +1272,28 @@ mod avx512 {
             }
         }
         #[inline(always)]
+        unsafe fn load_f8(from: *const u8) -> __m512 {
+            unsafe {
+                // Sign, exponent and fraction where half precision has them, whose exponents are 8 more.
+                let codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+                let halves = _mm256_and_si256(
+                    _mm256_slli_epi16::<7>(codes),
+                    _mm256_set1_epi16(0xBF80_u16 as i16),
+                );
+                _mm512_cvtph_ps(halves)
+            }
+        }
+        #[inline(always)]
         unsafe fn store(v: __m512, to: *mut f32) {
             unsafe { _mm512_storeu_ps(to, v) }
         }
         #[inline(always)]
         unsafe fn add(a: __m512, b: __m512) -> __m512 {
             unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn scale(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
         }
         #[inline(always)]
         unsafe fn multiply<const P: usize>(
@@ -1250,11 +1407,29 @@ mod avx2 {
             }
         }
         #[inline(always)]
+        unsafe fn load_f8(from: *const u8) -> [__m256; 2] {
+            unsafe {
+                let codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+                let halves = _mm256_and_si256(
+                    _mm256_slli_epi16::<7>(codes),
+                    _mm256_set1_epi16(0xBF80_u16 as i16),
+                );
+                [
+                    _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                    _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)),
+                ]
+            }
+        }
+        #[inline(always)]
         unsafe fn store(v: [__m256; 2], to: *mut f32) {
             unsafe {
                 _mm256_storeu_ps(to, v[0]);
                 _mm256_storeu_ps(to.add(8), v[1]);
             }
+        }
+        #[inline(always)]
+        unsafe fn scale(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
         }
         #[inline(always)]
         unsafe fn add(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
@@ -1319,6 +1494,24 @@ mod portable {
                 *value = f32::from_bits(u32::from(half) << 16);
             }
             values
+        }
+        #[inline(always)]
+        unsafe fn load_f8(from: *const u8) -> [f32; PANEL] {
+            let codes = unsafe { from.cast::<[i8; PANEL]>().read_unaligned() };
+            let mut values = [0.0; PANEL];
+            for (value, code) in values.iter_mut().zip(codes) {
+                // Sign, exponent and fraction in their places; the product corrects the bias of the exponent.
+                let bits = (i32::from(code) << 20) as u32 & 0x87F0_0000;
+                *value = f32::from_bits(bits) * f32::from_bits((112 + 127) << 23);
+            }
+            values
+        }
+        #[inline(always)]
+        unsafe fn scale(mut a: [f32; PANEL], b: [f32; PANEL]) -> [f32; PANEL] {
+            for (a, b) in a.iter_mut().zip(b) {
+                *a *= b;
+            }
+            a
         }
         #[inline(always)]
         unsafe fn store(v: [f32; PANEL], to: *mut f32) {
@@ -1447,6 +1640,61 @@ mod tests {
                     check(Weight::Packed(&packed), w, batch, Some(Activation::Relu));
                 }
                 check(Weight::Plain(&w, [rows, cols]), &w, batch, None);
+            }
+        }
+    }
+
+    /// A float of 8 bits by its definition.
+    fn f8(code: u8) -> f32 {
+        let (exponent, fraction) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+        let size = match (exponent, code & 7) {
+            (15, 7) => f32::NAN,
+            (0, _) => fraction / 8.0 * 2f32.powi(-6),
+            _ => (1.0 + fraction / 8.0) * 2f32.powi(exponent - 7),
+        };
+        if code & 0x80 != 0 { -size } else { size }
+    }
+
+    #[test]
+    fn scaled_floats_of_8_bits() {
+        for ([rows, cols], block) in [
+            ([1, 1], [1, 1]),
+            ([33, 65], [33, 65]),
+            ([40, 385], [1, 385]),
+            ([100, 300], [7, 128]),
+            ([50, 1000], [16, 100]),
+            ([20, 40], [20, 3]),
+        ] {
+            // Up to 1.
+            let code = |x: f32| (x.to_bits() >> 24 & 0x80) as u8 | (x.abs() * 56.0) as u8;
+            let codes: Vec<u8> = noise(3, rows * cols).into_iter().map(code).collect();
+            let across = cols.div_ceil(block[1]);
+            let scales = noise(5, rows.div_ceil(block[0]) * across);
+            let value =
+                |at: usize| f8(codes[at]) * scales[at / cols / block[0] * across + at % cols / block[1]];
+            let w: Vec<f32> = (0..rows * cols).map(value).collect();
+            let packed = DenseMatrix::pack_scaled([rows, cols], &codes, &scales, block, &|_| ());
+            for batch in [1, 2, 4, 5, 16, 17, 130] {
+                check(Weight::Packed(&packed), &w, batch, Some(Activation::Relu));
+            }
+        }
+    }
+
+    #[test]
+    fn every_float_of_8_bits() {
+        let codes: Vec<u8> = (0..=u8::MAX).collect();
+        for (codes, scale) in [(&codes[..], 1.0f32), (&codes[..0x7F], 2f32.powi(-90))] {
+            let shape = [codes.len(), 1];
+            let packed = DenseMatrix::pack_scaled(shape, codes, &[scale], shape, &|_| ());
+            for batch in [1, 6] {
+                let out = &matmul(&vec![1.0; batch], 1, &[(Weight::Packed(&packed), None)], None)[0];
+                for (code, found) in codes.iter().cycle().zip(out) {
+                    let expected = f8(*code) * scale;
+                    assert!(
+                        *found == expected || found.is_nan() && expected.is_nan(),
+                        "{code:x}"
+                    );
+                }
             }
         }
     }

@@ -8,6 +8,8 @@ use oxiformers_hub::checkpoint::DType;
 use oxiformers_kernels::dense::{DenseMatrix, Float};
 use oxiformers_kernels::{Form, PackedMatrix};
 
+use crate::fp8;
+
 /// A matrix of `F32`, `F16` or `BF16` values, row-major, little-endian.
 #[derive(Debug, Clone)]
 pub struct FloatMatrix {
@@ -47,6 +49,7 @@ impl PackedMatrix for FloatMatrix {
             Float::F32 => "F32",
             Float::F16 => "F16",
             Float::Bf16 => "BF16",
+            Float::F8E4M3 => "F8_E4M3",
         }
     }
 
@@ -66,6 +69,7 @@ impl PackedMatrix for FloatMatrix {
             Float::F32 => each(bytes, dst, f32::from_le_bytes),
             Float::F16 => each(bytes, dst, |b| half::f16::from_le_bytes(b).to_f32()),
             Float::Bf16 => each(bytes, dst, |b| half::bf16::from_le_bytes(b).to_f32()),
+            Float::F8E4M3 => each(bytes, dst, |[code]| fp8::decode(code)),
         }
     }
 

@@ -1,15 +1,12 @@
 //! Floats of 8 bits with 4 exponent bits (e4m3), whose blocks of rows and columns share a scale, as DeepSeek-V3 is
-//! published ("DeepSeek-V3 Technical Report", 2024), or whole matrices.
-//!
-//! The kernels multiply them as half floats: 2 bytes a value in memory. That rounds a value by at most a part in 2,048;
-//! [`dequantize_rows`](PackedMatrix::dequantize_rows) does not.
+//! published ("DeepSeek-V3 Technical Report", 2024), or whole matrices. They are multiplied as they are.
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use oxiformers_hub::checkpoint::{DType, TensorView};
-use oxiformers_kernels::dense::{DenseMatrix, Float};
+use oxiformers_kernels::dense::DenseMatrix;
 use oxiformers_kernels::{Form, PackedMatrix};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -279,30 +276,9 @@ impl Fp8Matrix {
     }
 
     fn pack(&self) -> DenseMatrix {
-        let [rows, cols] = self.shape;
-        let values = |narrow: &dyn Fn(f32, &mut Vec<u8>)| {
-            let (mut bytes, mut row) = (Vec::new(), vec![0.0; cols]);
-            for at in 0..rows {
-                self.dequantize_rows(at..at + 1, &mut row);
-                row.iter().for_each(|value| narrow(*value, &mut bytes));
-            }
-            bytes
-        };
-        let most = self
-            .scales
-            .iter()
-            .fold(0.0f32, |most, scale| most.max(scale.abs()));
-        let (float, bytes) = if most * 448.0 <= 65504.0 {
-            let half = |value, bytes: &mut Vec<u8>| bytes.extend(half::f16::from_f32(value).to_le_bytes());
-            (Float::F16, values(&half))
-        } else {
-            (
-                Float::F32,
-                values(&|value, bytes| bytes.extend(value.to_le_bytes())),
-            )
-        };
-        oxiformers_hub::release(&self.codes);
-        DenseMatrix::pack(float, rows, cols, &bytes, &|_| {})
+        // From then on a few rows are looked up at most.
+        let done = oxiformers_hub::release;
+        DenseMatrix::pack_scaled(self.shape, &self.codes, &self.scales, self.block, &done)
     }
 }
 
@@ -317,11 +293,6 @@ impl PackedMatrix for Fp8Matrix {
 
     fn num_bytes(&self) -> usize {
         self.codes.len() + 4 * self.scales.len()
-    }
-
-    fn held_bytes(&self) -> usize {
-        // Half floats are what is multiplied.
-        2 * self.codes.len()
     }
 
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {

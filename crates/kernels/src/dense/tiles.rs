@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::{COLUMNS, Float, PANEL, Task, Weight};
+use super::{COLUMNS, Float, PANEL, Task, Weight, kernels};
 use crate::amx::parts::{self, CHUNK, PARTS, Sides, To};
 use crate::amx::{Shapes, Tiles};
 use crate::lines::{Line, make_room};
@@ -100,6 +100,12 @@ impl Task<'_> {
                         Float::F32 => (parts::split_f32(from.cast(), PANEL, size, to), PARTS),
                         Float::F16 => (parts::split_f16(from, columns.len(), to), 2),
                         Float::Bf16 => (parts::split_bf16(from, columns.len(), to), 1),
+                        Float::F8E4M3 => {
+                            let mut values = vec![0.0; columns.len() * PANEL];
+                            let panel = outputs.start / PANEL;
+                            matrix.widen(kernels(), panel, columns.clone(), values.as_mut_ptr());
+                            (parts::split_f32(values.as_ptr(), PANEL, size, to), PARTS)
+                        }
                     }
                 }
                 Weight::Plain(values, [_, in_features]) => {
