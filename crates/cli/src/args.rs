@@ -98,8 +98,8 @@ pub enum Dtype {
 /// How keys and values of past tokens are kept.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct CacheArgs {
-    /// Precision of the cache; f32 is what the model computes with. Up to 128 of the latest tokens stay in half precision
-    /// beside 8 bits, and in 8 bits beside fewer.
+    /// Precision of the cache: f32 is what the model computes with, and f16 the default on a CPU where weights have fewer
+    /// than 32 bits. Up to 128 of the latest tokens stay in half precision beside int8, and in 8 bits beside fewer.
     #[arg(long, value_enum, value_name = "PRECISION")]
     pub kv_cache: Option<KvCache>,
 }

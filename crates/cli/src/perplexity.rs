@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use oxiformers::{GenerationConfig, PerplexityOptions, perplexity_with};
+use oxiformers::{CausalLM, GenerationConfig, PerplexityOptions, perplexity_with};
 use serde_json::json;
 
 use crate::args::PerplexityArgs;
@@ -42,10 +42,11 @@ pub fn run(args: &PerplexityArgs) -> anyhow::Result<()> {
         ProgressStyle::with_template("{bar:30} {pos}/{len} tokens, {per_sec}, {eta} left")
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
+    let precision = args.cache.apply(GenerationConfig::default()).cache_precision()?;
     let options = PerplexityOptions {
         window,
         chunk: args.chunk,
-        cache_precision: args.cache.apply(GenerationConfig::default()).cache_precision()?,
+        cache_precision: precision.unwrap_or(model.model.cache_precision()),
     };
     let progress = |done| bar.set_position(done as u64);
     let result = oxiformers::block_on(perplexity_with(&model.model, &ids, options, progress))?;

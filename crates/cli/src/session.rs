@@ -164,10 +164,7 @@ impl CacheArgs {
     pub fn apply(self, mut config: GenerationConfig) -> GenerationConfig {
         let nbits = match self.kv_cache {
             None => return config,
-            Some(KvCache::F32) => {
-                config.cache_implementation.take_if(|name| name == "quantized");
-                return config;
-            }
+            Some(KvCache::F32) => 32,
             Some(KvCache::F16) => 16,
             Some(KvCache::Int8) => 8,
             Some(KvCache::Int4) => 4,

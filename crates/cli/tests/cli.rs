@@ -605,8 +605,8 @@ fn inspect_says_how_modules_are_stored_and_what_memory_they_take() {
     assert_eq!(report["quantization"]["quant_method"], "bitsandbytes");
     let memory = &report["memory"];
     let number = |name: &str| memory[name].as_u64().unwrap();
-    // Two layers, two heads of 16 of keys and of values.
-    assert_eq!(number("kv_cache"), 2 * 100 * 2 * 2 * 2 * 16 * 4);
+    // Two layers, two heads of 16 of keys and of values, in half precision.
+    assert_eq!(number("kv_cache"), 2 * 100 * 2 * 2 * 2 * 16 * 2);
     assert_eq!(
         number("total"),
         number("weights") + number("kv_cache") + number("activations")

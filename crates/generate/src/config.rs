@@ -130,7 +130,7 @@ pub struct GenerationConfig {
 pub struct CacheConfig {
     /// Whose numbers for axes are meant: `quanto` or `hqq`. What packs is the same.
     pub backend: String,
-    /// Bits of a value: 2, 4 or 8; 16 keeps everything in half precision.
+    /// Bits of a value: 2, 4 or 8; 16 keeps everything in half precision, and 32 as the model computes it.
     pub nbits: usize,
     /// Groups of keys: by token (`0` of quanto, `1` of hqq), or by channel (`-1` of quanto, `0` of hqq). Without it, by
     /// channel, which is better (Liu et al., 2024).
@@ -193,9 +193,10 @@ impl CacheConfig {
             4 => CodeBits::Four,
             8 => CodeBits::Eight,
             16 => return Ok(CachePrecision::F16),
+            32 => return Ok(CachePrecision::Full),
             other => {
                 return fail(format!(
-                    "has nbits {other}; it is 2, 4 or 8, or 16 for half precision"
+                    "has nbits {other}; it is 2, 4 or 8, 16 for half precision, or 32"
                 ));
             }
         };
@@ -463,15 +464,17 @@ impl GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// What the cache keeps keys and values as.
+    /// What the cache keeps keys and values as; none where the
+    /// [model](oxiformers_models::CausalLM::cache_precision) decides.
     ///
     /// # Errors
     /// For a `cache_config` that makes no sense.
-    pub fn cache_precision(&self) -> Result<CachePrecision> {
+    pub fn cache_precision(&self) -> Result<Option<CachePrecision>> {
         if self.cache_implementation.as_deref() != Some("quantized") {
-            return Ok(CachePrecision::Full);
+            return Ok(None);
         }
-        self.cache_config.clone().unwrap_or_default().precision()
+        let config = self.cache_config.clone().unwrap_or_default();
+        config.precision().map(Some)
     }
 }
 
@@ -570,7 +573,7 @@ mod tests {
         let packed = |config: Value| match precision(
             json!({"cache_implementation": "quantized", "cache_config": config}),
         ) {
-            CachePrecision::Quantized(config) => config,
+            Some(CachePrecision::Quantized(config)) => config,
             other => panic!("{other:?}"),
         };
         let default = packed(json!(null));
@@ -592,11 +595,10 @@ mod tests {
         assert_eq!(residual(json!({"nbits": 2})), eight);
         assert_eq!(residual(json!({"nbits": 8})), None);
         let half = json!({"cache_implementation": "quantized", "cache_config": {"nbits": 16}});
-        assert_eq!(precision(half), CachePrecision::F16);
-        assert_eq!(
-            precision(json!({"cache_config": {"nbits": 3}})),
-            CachePrecision::Full
-        );
+        assert_eq!(precision(half), Some(CachePrecision::F16));
+        let full = json!({"cache_implementation": "quantized", "cache_config": {"nbits": 32}});
+        assert_eq!(precision(full), Some(CachePrecision::Full));
+        assert_eq!(precision(json!({"cache_config": {"nbits": 3}})), None);
     }
 
     #[test]

@@ -148,9 +148,10 @@ impl Prompt {
 pub(crate) fn new_cache(
     model: &dyn CausalLM,
     kind: CacheKind,
-    precision: CachePrecision,
+    precision: Option<CachePrecision>,
     prompts: &[Prompt],
 ) -> Cache {
+    let precision = precision.unwrap_or(model.cache_precision());
     let longest = |len: fn(&Prompt) -> usize| prompts.iter().map(len).max().unwrap_or(0);
     let total = longest(|prompt| prompt.ids.len());
     let padding = prompts.iter().map(|prompt| total - prompt.ids.len()).collect();
@@ -424,7 +425,8 @@ impl<'a> Generation<'a> {
             .unwrap_or(0);
         let (mut cache, mut done) = (None, 0);
         let precision = config.cache_precision()?;
-        let past = past.filter(|past| past.cache.precision() == precision);
+        let past = past
+            .filter(|past| past.cache.precision() == precision.unwrap_or(generator.model.cache_precision()));
         if let (Some(past), [Prompt { ids, source: None }]) = (past, prompts.as_slice()) {
             // The last token of the prompt must run again, because its logits are needed.
             let same = past

@@ -8,7 +8,7 @@ use oxiformers_hub::ModelFiles;
 use oxiformers_hub::checkpoint::Checkpoint;
 use oxiformers_nn::init::Normal;
 use oxiformers_nn::quant::Recipe;
-use oxiformers_nn::{Cache, CacheKind, LoadOptions, LogitsFor, Weights};
+use oxiformers_nn::{Cache, CacheKind, CachePrecision, LoadOptions, LogitsFor, Weights};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -124,6 +124,8 @@ pub struct AutoModelForCausalLM {
     pub decoder: AnyDecoder,
     #[module(skip)]
     device: Device,
+    #[module(skip)]
+    cache_precision: CachePrecision,
 }
 
 impl AutoModelForCausalLM {
@@ -171,6 +173,7 @@ impl AutoModelForCausalLM {
             decoder: build(&config, &weights, model, AnyConfig::load)?,
             config,
             device: options.device.clone(),
+            cache_precision: weights.cache_precision(),
         })
     }
 }
@@ -274,6 +277,10 @@ impl CausalLM for AutoModelForCausalLM {
         self.decoder.new_cache(kind, padding)
     }
 
+    fn cache_precision(&self) -> CachePrecision {
+        self.cache_precision
+    }
+
     fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {
         self.decoder.forward(input_ids, cache, logits_for)
     }
@@ -289,6 +296,8 @@ pub struct AutoModelForSeq2SeqLM {
     pub model: AnySeq2Seq,
     #[module(skip)]
     device: Device,
+    #[module(skip)]
+    cache_precision: CachePrecision,
 }
 
 impl AutoModelForSeq2SeqLM {
@@ -325,6 +334,7 @@ impl AutoModelForSeq2SeqLM {
             model: build(&config, &weights, model, AnyConfig::load_seq2seq)?,
             config,
             device: options.device.clone(),
+            cache_precision: weights.cache_precision(),
         })
     }
 }
@@ -344,6 +354,10 @@ impl CausalLM for AutoModelForSeq2SeqLM {
 
     fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache {
         self.model.new_cache(kind, padding)
+    }
+
+    fn cache_precision(&self) -> CachePrecision {
+        self.cache_precision
     }
 
     fn forward(&self, input_ids: Tensor<2, Int>, cache: &mut Cache, logits_for: LogitsFor) -> Tensor<3> {

@@ -11,8 +11,8 @@ use std::ops::Range;
 use burn::tensor::{Device, Int, Tensor};
 use oxiformers_nn::seq2seq::{Half, LmHead, Reader, ShiftRight, TiedTables};
 use oxiformers_nn::{
-    Backbone, Cache, CacheKind, Decoder, DecoderLayer, EncoderDecoder, EncoderInputs, Head, LogitsFor,
-    Result, Seq2SeqDecoder, Seq2SeqLayer, Stack, Weights,
+    Backbone, Cache, CacheKind, CachePrecision, Decoder, DecoderLayer, EncoderDecoder, EncoderInputs, Head,
+    LogitsFor, Result, Seq2SeqDecoder, Seq2SeqLayer, Stack, Weights,
 };
 
 pub mod auto;
@@ -262,6 +262,11 @@ pub trait CausalLM: Send + Sync {
 
     /// An empty cache for sequences whose left padding is given, one entry each.
     fn new_cache(&self, kind: CacheKind, padding: Vec<usize>) -> Cache;
+
+    /// What such a cache keeps keys and values as, where nothing else is asked for.
+    fn cache_precision(&self) -> CachePrecision {
+        CachePrecision::Full
+    }
 
     /// Logits `[batch, seq or 1, vocab_size]` after the tokens `input_ids` `[batch, seq]`, which are
     /// appended to `cache`.

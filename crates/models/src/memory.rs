@@ -73,8 +73,12 @@ impl Memory {
                     Kind::Decoder => window(json, &config.model_type, layer),
                     _ => None,
                 };
+                // Half precision beside weights of fewer than 32 bits; what an encoder has read is f32.
+                let is_narrow =
+                    |matrix: &SurveyedMatrix| matrix.num_bytes < 4 * matrix.shape[0] * matrix.shape[1];
+                let bytes = if matrices.iter().any(is_narrow) { 2 } else { 4 };
                 let layers = (0..width.layers).map(|layer| LayerCache {
-                    per_token: 4 * times * width.keys_and_values,
+                    per_token: (bytes + 4 * (times - 1)) * width.keys_and_values,
                     window: window(layer),
                 });
                 layers.collect()
@@ -86,7 +90,7 @@ impl Memory {
         })
     }
 
-    /// Keys and values of so many sequences of so many tokens, as f32.
+    /// Keys and values of so many sequences of so many tokens.
     pub fn cache(&self, context: usize, batch: usize) -> usize {
         let layer =
             |layer: &LayerCache| layer.per_token * layer.window.map_or(context, |window| window.min(context));

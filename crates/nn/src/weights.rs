@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use burn::module::{Param, ParamId};
@@ -12,6 +13,7 @@ pub use oxiformers_quant::to_f32;
 use oxiformers_quant::{PackedMatrix, Recipe};
 
 use crate::adapter::AdapterLayer;
+use crate::cache::CachePrecision;
 use crate::init::{Normal, normal};
 use crate::linear::{Matrix, Observer};
 use crate::parameters::{Kind, Parameter, Parameters, Slot};
@@ -167,6 +169,8 @@ pub(crate) struct Shared {
     new: Mutex<Vec<String>>,
     /// What is sure to be multiplied with, in the order of loading.
     products: Mutex<Vec<Weak<dyn PackedMatrix>>>,
+    /// Whether one of these is held in fewer than 32 bits a value.
+    narrow: AtomicBool,
     /// What quantization comes to.
     pub(crate) fitting: Mutex<Fitting>,
 }
@@ -280,6 +284,7 @@ impl Weights {
                 params: Mutex::default(),
                 new: Mutex::default(),
                 products: Mutex::default(),
+                narrow: AtomicBool::new(false),
                 fitting: Mutex::default(),
             }),
             prefix: String::new(),
@@ -612,7 +617,23 @@ impl Weights {
 
     /// Takes note that the matrix is no mere table: there will be products with it.
     pub(crate) fn will_multiply(&self, matrix: &Matrix) {
-        lock(&self.shared.products).extend(matrix.as_packed().map(Arc::downgrade));
+        let Some(packed) = matrix.as_packed() else {
+            return;
+        };
+        let [rows, cols] = packed.shape();
+        if packed.num_bytes() < 4 * rows * cols {
+            self.shared.narrow.store(true, Ordering::Relaxed);
+        }
+        lock(&self.shared.products).push(Arc::downgrade(packed));
+    }
+
+    /// What a cache keeps keys and values as beside the weights that were loaded: half precision where some of them are
+    /// multiplied as they are, in fewer than 32 bits.
+    pub fn cache_precision(&self) -> CachePrecision {
+        match self.shared.narrow.load(Ordering::Relaxed) {
+            true => CachePrecision::F16,
+            false => CachePrecision::Full,
+        }
     }
 
     /// Regroups the packed matrices of linear layers for products, in the background where there are threads: what else
