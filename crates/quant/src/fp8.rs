@@ -264,13 +264,14 @@ pub struct Fp8Matrix {
 }
 
 impl Fp8Matrix {
-    /// `codes` and `scales` were checked to be as many as `shape` and `block` (without zeros) need.
+    /// `codes` and `scales` were checked to be as many as `shape` and `block` need.
     pub(crate) fn new(shape: [usize; 2], codes: Bytes, scales: Vec<f32>, block: [usize; 2]) -> Self {
         Self {
             shape,
             codes,
             scales,
-            block,
+            // Zeros come with shapes that have some.
+            block: block.map(|len| len.max(1)),
             dense: Arc::default(),
         }
     }
@@ -298,7 +299,7 @@ impl PackedMatrix for Fp8Matrix {
     fn dequantize_rows(&self, rows: Range<usize>, dst: &mut [f32]) {
         let cols = self.shape[1];
         let [block_rows, block_cols] = self.block;
-        let across = cols.div_ceil(block_cols.max(1));
+        let across = cols.div_ceil(block_cols);
         for (row, dst) in rows.zip(dst.chunks_exact_mut(cols.max(1))) {
             let scales = &self.scales[row / block_rows * across..];
             let codes = self.codes[row * cols..(row + 1) * cols].chunks(block_cols);
